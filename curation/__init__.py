@@ -1,0 +1,1 @@
+"""Curation: documents in, token shards out."""

@@ -1,0 +1,369 @@
+"""The rows of every shard, in two passes over the parts that hold no more than a part or a shard.
+
+Pass 1 reads the scalars of each part (no text, no tokens): it sums tokens per `select` bucket
+for `budget` and, once the cuts are known, writes the rows of each arm-phase, marked with the
+shard that their `order` = h(seed, "order", phase, repeat, id) falls into: the order space is
+cut into equal ranges, one a shard. Pass 2 is a task for each shard: it gathers its rows from
+all parts, sorts them by `order`, and reads their tokens.
+"""
+
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import polars as pl
+import pyarrow as pa
+
+from curation import storage
+from curation.manifest import ARMS, DEDUP, DETECT, DOCUMENTS, TOKENS, RunFolder
+from curation.mix.budget import BUCKET_SHIFT, NUM_BUCKETS, ArmPhase, Reader, Stretch, Turns, plan_arms
+from curation.mix.policy import NUM_CATEGORIES, category
+from curation.recipe import Mix
+from curation.rng import keys64
+from curation.schema import STANCES, effective_discourse, effective_stance
+from curation.stage import Mapper
+
+WORK = f"{ARMS}/work"
+_PROBABILITIES = [f"p_{s}" for s in STANCES]
+
+
+@dataclass(frozen=True)
+class PartItem:
+    """A part of the run, and what is asked of it."""
+
+    run: RunFolder
+    name: str
+    seed: int
+    repeats: tuple[int, ...] = ()  # for histograms
+    buckets: tuple[tuple[int, int], ...] = ()  # (repeat, bucket) for turns
+    plan: tuple[ArmPhase, ...] = ()  # for select_part
+    shards: tuple[int, ...] = ()  # shards of each arm-phase of the plan
+
+
+def candidates(run: RunFolder, name: str) -> pl.DataFrame:
+    """The representatives of a part: id, start, num_tokens, stance, discourse, category (uint8)."""
+    documents = run.read(f"{DOCUMENTS}/{name}.parquet", ["id", "role", "given_stance"])
+    labels = run.read(f"{DETECT}/{name}.parquet", [*_PROBABILITIES, "discourse", "blocklist"])
+    kept = run.read(f"{DEDUP}/{name}.parquet", ["kept"])
+    tokens = run.read(f"{TOKENS}/{name}.parquet", ["start", "num_tokens"])
+    table = pa.table(
+        {
+            "id": documents["id"],
+            "role": documents["role"],
+            "start": tokens["start"],
+            "num_tokens": tokens["num_tokens"],
+            "stance": effective_stance(documents, labels),
+            "discourse": effective_discourse(documents, labels),
+            "blocklist": labels["blocklist"],
+            "kept": kept["kept"],
+        }
+    )
+    frame = pl.from_arrow(table)
+    assert isinstance(frame, pl.DataFrame)
+    frame = frame.filter("kept").drop("kept")
+    return frame.with_columns(category(frame))
+
+
+def select_keys(seed: int, repeat: int, ids: Sequence[str]) -> np.ndarray:
+    """uint64[len(ids)]: the order in which documents are taken."""
+    return keys64((seed, "select", repeat), ids)
+
+
+def order_keys(seed: int, phase: str, repeat: int, ids: Sequence[str]) -> np.ndarray:
+    """uint64[len(ids)]: the order in which documents are emitted."""
+    return keys64((seed, "order", phase, repeat), ids)
+
+
+def histogram_part(item: PartItem) -> np.ndarray:
+    """int64[len(item.repeats), NUM_CATEGORIES, NUM_BUCKETS] tokens of one part."""
+    frame = candidates(item.run, item.name)
+    ids, tokens = frame["id"].to_list(), frame["num_tokens"].to_numpy()
+    cell = frame["category"].to_numpy().astype(np.int64) * NUM_BUCKETS
+    sums = [
+        np.bincount(
+            cell + (select_keys(item.seed, repeat, ids) >> BUCKET_SHIFT).astype(np.int64),
+            weights=tokens,
+            minlength=NUM_CATEGORIES * NUM_BUCKETS,
+        )
+        for repeat in item.repeats
+    ]
+    # float64 weights are exact below 2**53 tokens a part
+    return np.array(sums).astype(np.int64).reshape(-1, NUM_CATEGORIES, NUM_BUCKETS)
+
+
+def turns_part(item: PartItem) -> dict[tuple[int, int], Turns]:
+    """The turns of one part in each asked (repeat, bucket)."""
+    frame = candidates(item.run, item.name)
+    ids, kinds = frame["id"].to_list(), frame["category"].to_numpy()
+    tokens = frame["num_tokens"].to_numpy().astype(np.int64)
+    found = {}
+    for repeat in sorted({repeat for repeat, _ in item.buckets}):
+        select = select_keys(item.seed, repeat, ids)
+        bucket = (select >> BUCKET_SHIFT).astype(np.int64)
+        for key in item.buckets:
+            if key[0] == repeat:
+                inside = bucket == key[1]
+                found[key] = Turns(select[inside], kinds[inside], tokens[inside])
+    return found
+
+
+class MappedSupply:
+    """A budget.Supply over the parts of a run; answers are kept, each costs one pass."""
+
+    def __init__(self, run: RunFolder, names: Sequence[str], seed: int, mapper: Mapper):
+        self._items = [PartItem(run, name, seed) for name in names]
+        self._mapper = mapper
+        self._histograms: dict[int, np.ndarray] = {}
+        self._turns: dict[tuple[int, int], Turns] = {}
+
+    def _map(self, function, label: str, **asked):  # type: ignore[no-untyped-def]
+        from dataclasses import replace
+
+        return self._mapper(function, [replace(item, **asked) for item in self._items], label)
+
+    def histogram(self, repeat: int) -> np.ndarray:
+        if repeat not in self._histograms:
+            total = np.zeros((1, NUM_CATEGORIES, NUM_BUCKETS), np.int64)
+            for part in self._map(histogram_part, "mix: sum tokens", repeats=(repeat,)):
+                total += part
+            self._histograms[repeat] = total[0]
+        return self._histograms[repeat]
+
+    def fetch(self, keys: Iterable[tuple[int, int]]) -> None:
+        """Read the turns of several (repeat, bucket) in one pass."""
+        missing = tuple(sorted(set(keys) - set(self._turns)))
+        if not missing:
+            return
+        found = list(self._map(turns_part, "mix: find cuts", buckets=missing))
+        for key in missing:
+            self._turns[key] = Turns(*(np.concatenate(column) for column in zip(*(f[key] for f in found), strict=True)))
+
+    def bucket(self, repeat: int, bucket: int) -> Turns:
+        self.fetch([(repeat, bucket)])
+        return self._turns[repeat, bucket]
+
+
+class _Guess:
+    """The same supply with each bucket's tokens spread evenly, to learn which buckets the cuts are in."""
+
+    PIECES = 64
+
+    def __init__(self, supply: MappedSupply):
+        self.histogram = supply.histogram
+        self.asked: set[tuple[int, int]] = set()
+
+    def bucket(self, repeat: int, bucket: int) -> Turns:
+        self.asked.add((repeat, bucket))
+        tokens = self.histogram(repeat)[:, bucket]
+        share = np.diff(np.arange(self.PIECES + 1) * tokens[:, None] // self.PIECES, axis=1)
+        low = np.uint64(bucket) << BUCKET_SHIFT
+        step = (np.uint64(1) << BUCKET_SHIFT) // np.uint64(self.PIECES)
+        select = low + np.arange(1, self.PIECES + 1, dtype=np.uint64) * step - np.uint64(1)
+        kinds, piece = np.divmod(np.arange(share.size), self.PIECES)
+        return Turns(select[piece], kinds.astype(np.uint8), share.reshape(-1))
+
+
+def make_plan(mix: Mix, supply: MappedSupply) -> list[ArmPhase]:
+    """budget.plan_arms in few passes: guess the buckets that cuts fall into, fetch them together, then exactly."""
+    guess = _Guess(supply)
+    plan_arms(mix, guess)
+    supply.fetch(guess.asked)
+    return plan_arms(mix, supply)
+
+
+def _members(stretch: Stretch, select: dict[int, np.ndarray], kinds: np.ndarray) -> Iterator[tuple[np.ndarray, int]]:
+    """(rows, repeat) of the documents whose turns are in the stretch."""
+    for round_ in range(stretch.start.round, stretch.end.round + 1):
+        for g, group in enumerate(stretch.stream.groups):
+            at = (round_, g)
+            if round_ >= group.max_rounds or at < stretch.start[:2] or at > stretch.end[:2]:
+                continue
+            keys = select[round_ + group.first_repeat]
+            inside = group.categories[kinds]
+            if at == stretch.start[:2] and stretch.start.select >= 0:
+                inside = inside & (keys > np.uint64(stretch.start.select))
+            if at == stretch.end[:2]:
+                inside = inside & (keys <= np.uint64(max(stretch.end.select, 0))) & (stretch.end.select >= 0)
+            yield np.flatnonzero(inside), round_ + group.first_repeat + stretch.repeat_offset
+
+
+class _Keys(dict[int, np.ndarray]):
+    """`select` keys of a part by repeat, computed when first asked for."""
+
+    def __init__(self, seed: int, ids: Sequence[str]):
+        super().__init__()
+        self._seed, self._ids = seed, ids
+
+    def __missing__(self, repeat: int) -> np.ndarray:
+        self[repeat] = select_keys(self._seed, repeat, self._ids)
+        return self[repeat]
+
+
+def _arm_rows(
+    stretches: Iterable[Stretch], keys: _Keys, kinds: np.ndarray
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """(row int64[m], repeat int32[m], inserted bool[m]) of one part in the stretches."""
+    rows, repeats, inserted = [np.empty(0, np.int64)], [np.empty(0, np.int32)], [np.empty(0, bool)]
+    for stretch in stretches:
+        for members, repeat in _members(stretch, keys, kinds):
+            rows.append(members)
+            repeats.append(np.full(len(members), repeat, np.int32))
+            inserted.append(np.full(len(members), stretch.inserted))
+    return np.concatenate(rows), np.concatenate(repeats), np.concatenate(inserted)
+
+
+def shard_counts(plan: Iterable[ArmPhase], shard_tokens: int) -> tuple[int, ...]:
+    """Shards of each arm-phase: ranges of the order space of about `shard_tokens`."""
+    return tuple(math.ceil(arm_phase.target / shard_tokens) for arm_phase in plan)
+
+
+def select_part(item: PartItem) -> dict[str, np.ndarray]:
+    """Write one part's rows of every shard of every arm-phase under WORK. Returns sums over the part:
+    `shard_tokens` int64[all shards], and per arm-phase `stats` int64[len(plan), len(STATS)]."""
+    frame = candidates(item.run, item.name)
+    ids, kinds = frame["id"].to_list(), frame["category"].to_numpy()
+    tokens, discourse = frame["num_tokens"].to_numpy().astype(np.int64), frame["discourse"].to_numpy()
+    keys = _Keys(item.seed, ids)
+    first_shard = np.concatenate([[0], np.cumsum(item.shards)])
+    chosen, stats, first_arm = [], np.zeros((len(item.plan), len(STATS)), np.int64), {}
+    for k, arm_phase in enumerate(item.plan):
+        rows, repeats, inserted = _arm_rows(arm_phase.stretches, keys, kinds)
+        order = np.empty(len(rows), np.uint64)
+        for repeat in np.unique(repeats):
+            at = repeats == repeat
+            order[at] = order_keys(item.seed, arm_phase.phase, int(repeat), [ids[r] for r in rows[at]])
+        # floor(order / 2**64 * shards), in integers
+        local = ((order >> np.uint64(32)) * np.uint64(item.shards[k])) >> np.uint64(32)
+        chosen.append(
+            frame[rows]
+            .select("id", "start", "num_tokens", "stance")
+            .with_columns(
+                pl.Series("order", order),
+                pl.Series("repeat", repeats),
+                pl.Series("inserted", inserted),
+                pl.Series("shard", local.astype(np.int64) + first_shard[k]),
+                part=pl.lit(item.name),
+            )
+        )
+        turn = rows * 1024 + repeats  # a repeat is far below 1024: at most max_repeat plus a replay
+        mine = turn[~inserted]
+        theirs = first_arm.setdefault(arm_phase.phase, mine)
+        in_universe, _, _ = _arm_rows(arm_phase.universe, keys, kinds)
+        lost = np.zeros(NUM_CATEGORIES, bool)
+        if arm_phase.drop:
+            lost = ~arm_phase.stretches[-1].stream.groups[0].categories
+        stats[k] = [
+            len(rows),
+            int(inserted.sum()),
+            int(tokens[rows].sum()),
+            int(tokens[rows[~inserted & discourse[rows]]].sum()),
+            int(tokens[rows[inserted]].sum()),
+            int(tokens[mine[np.isin(mine, theirs)] // 1024].sum()),
+            int(lost[kinds[in_universe]].sum()),
+            int(repeats.max(initial=-1)) + 1,
+        ]
+    table = pl.concat(chosen).sort("shard", "order", "id", "repeat", "inserted")
+    storage.commit_table(item.run.path(WORK, f"{item.name}.parquet"), table.to_arrow())
+    shard_tokens = np.bincount(table["shard"].to_numpy(), weights=table["num_tokens"].to_numpy(), minlength=first_shard[-1])
+    return {"shard_tokens": shard_tokens.astype(np.int64), "stats": stats}
+
+
+# Sums over parts, but the last, which is a maximum.
+STATS = (
+    "documents",
+    "inserted_documents",
+    "tokens",
+    "discourse_tokens",
+    "inserted_tokens",
+    "common_tokens",
+    "dropped_documents",
+    "max_uses",
+)
+
+
+@dataclass(frozen=True)
+class ShardItem:
+    """One shard to be written: `limit` tokens of its rows, the rest is beyond the phase's budget."""
+
+    run: RunFolder
+    names: tuple[str, ...]
+    shard: int
+    limit: int
+
+
+def cut_to_budget(plan: Sequence[ArmPhase], shards: Sequence[int], shard_tokens: np.ndarray) -> list[int]:
+    """Tokens to keep of each shard: an arm-phase's excess is cut off at its end, over as many shards as it takes."""
+    limits = [int(n) for n in shard_tokens]
+    end = 0
+    for arm_phase, count in zip(plan, shards, strict=True):
+        end += count
+        excess = arm_phase.excess
+        for k in range(end - 1, end - count - 1, -1):
+            cut = min(excess, limits[k])
+            limits[k] -= cut
+            excess -= cut
+    return limits
+
+
+def shard_rows(item: ShardItem) -> pl.DataFrame:
+    """The rows of a shard in emission order, the last one cut at `limit` tokens."""
+    frames = [
+        pl.from_arrow(pa.table(_read_shard(item.run.path(WORK, f"{name}.parquet"), item.shard))) for name in item.names
+    ]
+    rows = pl.concat(frames).sort("order", "id", "repeat", "inserted")  # type: ignore[type-var]
+    ends = rows["num_tokens"].cast(pl.Int64).cum_sum()
+    before = ends - rows["num_tokens"]
+    rows = rows.with_columns(num_tokens=pl.min_horizontal(rows["num_tokens"].cast(pl.Int64), item.limit - before))
+    return rows.filter(before < item.limit)  # type: ignore[return-value]
+
+
+def _read_shard(path: str, shard: int) -> pa.Table:
+    import pyarrow.parquet as pq
+
+    fs, inner = storage.filesystem(path)
+    return pq.read_table(inner, filesystem=fs, filters=[("shard", "=", shard)], partitioning=None)
+
+
+def shard_token_ids(run: RunFolder, rows: pl.DataFrame, token_bytes: int) -> list[np.ndarray]:
+    """The token ids of each row, read from 50_tokens: mapped where files are local, ranges elsewhere."""
+    dtype = np.dtype(f"<u{token_bytes}")
+    paths = {name: run.path(TOKENS, f"{name}.bin") for name in rows["part"].unique()}
+    places = list(zip(rows["part"], rows["start"], rows["num_tokens"], strict=True))
+    if storage.is_local(run.root):
+        # An empty file cannot be mapped, but then no row points into it.
+        maps = {name: np.memmap(storage.filesystem(path)[1], dtype, "r") for name, path in paths.items()}
+        return [maps[name][start : start + n] for name, start, n in places]
+    fs, _ = storage.filesystem(run.root)
+    inner = {name: storage.filesystem(path)[1] for name, path in paths.items()}
+    pieces = fs.cat_ranges(
+        [inner[name] for name, _, _ in places],
+        [start * token_bytes for _, start, _ in places],
+        [(start + n) * token_bytes for _, start, n in places],
+    )
+    return [np.frombuffer(piece, dtype) for piece in pieces]
+
+
+def provenance(rows: pl.DataFrame) -> pa.Table:
+    """The sidecar of a shard: schema.PROVENANCE."""
+    from curation.schema import PROVENANCE
+
+    ends = rows["num_tokens"].cum_sum()
+    frame = rows.select("id", "stance", "repeat", "inserted").with_columns(start=ends - rows["num_tokens"], end=ends)
+    return frame.select(PROVENANCE.names).to_arrow().cast(PROVENANCE)
+
+
+__all__ = [
+    "STATS",
+    "MappedSupply",
+    "PartItem",
+    "Reader",
+    "ShardItem",
+    "cut_to_budget",
+    "make_plan",
+    "provenance",
+    "select_part",
+    "shard_counts",
+    "shard_rows",
+    "shard_token_ids",
+]

@@ -1,0 +1,363 @@
+"""Recipe -> run folder: ingest -> detect -> dedup -> mix -> tokenise on one Ray session.
+
+The driver holds names, chains and sums, never documents. What each stage made is read back
+from its committed parts, so a run that was killed and run again ends with the same manifest.
+"""
+
+import json
+import os
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import numpy as np
+
+from curation import dedup, detect, ingest, mix, steps, storage, tokenise
+from curation.engine import Engine, missing_on_nodes, session
+from curation.errors import UserError
+from curation.manifest import (
+    ARMS,
+    DEDUP,
+    DETECT,
+    DOCUMENTS,
+    QUARANTINE,
+    SIGNATURES,
+    TOKENS,
+    Part,
+    RunFolder,
+    WriterLock,
+    fingerprint,
+)
+from curation.memory import PeakMemory
+from curation.mix import arms
+from curation.mix.budget import ArmPhase
+from curation.recipe import Recipe
+from curation.schema import SCHEMA_VERSION
+from curation.summary import summarise
+from curation.tokenise.tokenizer import TokenizerSpec
+
+__version__ = "0.1.0"
+
+
+@dataclass
+class _Run:
+    """What the stages of one run share."""
+
+    recipe: Recipe
+    folder: RunFolder
+    engine: Engine
+    seconds: dict[str, float] = field(default_factory=dict)  # wall time by stage
+    busy: dict[str, float] = field(default_factory=dict)  # summed over workers
+    stages: dict[str, dict[str, Any]] = field(default_factory=dict)
+    warnings: list[str] = field(default_factory=list)
+    made: dict[str, int] = field(default_factory=dict)  # parts made now, not taken from before
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        started = time.perf_counter()
+        self.event("start", stage=name)
+        yield
+        self.seconds[name] = time.perf_counter() - started
+        self.event("end", stage=name, seconds=round(self.seconds[name], 3))
+
+    def record(self, name: str, parts: list[Part]) -> None:
+        """Roll a stage's parts into the manifest."""
+        chain = fingerprint(sorted(part.chain for part in parts))
+        self.stages[name] = {"chain": chain, "parts": [asdict(part) for part in parts]}
+
+    def event(self, what: str, **about: Any) -> None:
+        if not storage.is_local(self.folder.root):
+            return  # object stores cannot append; their runs have the manifest only
+        line = json.dumps({"time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), "event": what, **about})
+        with open(storage.filesystem(self.folder.path("events.jsonl"))[1], "a", encoding="utf-8") as handle:
+            handle.write(line + "\n")
+
+
+def curate(
+    recipe: Recipe,
+    root: str,
+    *,
+    workers: int | None = None,
+    address: str | None = None,
+    on_progress: Any = None,
+    on_line: Any = None,
+) -> dict[str, Any]:
+    """Run `recipe` into the run folder `root` and return the summary (also in manifest.json).
+
+    `workers` limits the CPUs used, `address` names a Ray cluster; without one a local session is
+    started and ended. `on_progress(label, done, total)` and `on_line(text)` are told how it goes.
+    Raises UserError for what the user must mend, TilthError for what failed.
+    """
+    say = on_line or (lambda text: None)
+    splits = ingest.plan(recipe.inputs, recipe.ingest)
+    if storage.is_local(root):
+        root = os.path.abspath(storage.filesystem(root)[1])
+    detect_fingerprint = detect.section_fingerprint(recipe.detect)  # loads the model: a wrong path ends here
+    spec = tokenise.resolve(recipe.tokenise.tokenizer, recipe.tokenise.eos)
+    started = time.perf_counter()
+    with WriterLock(RunFolder(root)), PeakMemory() as memory, session(workers, address) as engine:
+        if on_progress:
+            engine.on_progress = on_progress
+        unseen = missing_on_nodes(root)
+        if unseen:
+            raise UserError(
+                f"{root} is not shared: the driver does not see what node {unseen[0]} writes there; "
+                "give --run a path that all nodes mount, or an object store"
+            )
+        run = _Run(recipe, RunFolder(root), engine)
+        run.seconds["start_ray"] = time.perf_counter() - started
+        storage.commit_bytes(run.folder.path("recipe.yaml"), _recipe_yaml(recipe))
+        run.event("curate", recipe=recipe.name, tilth=__version__)
+        names = _read_and_sign(run, splits, detect_fingerprint)
+        _dedup(run, names)
+        spec = _tokenise(run, names, spec)
+        plan, stats = _mix(run, names, spec)
+        for warning in run.warnings:
+            say(f"warning: {warning}")
+        return _finish(run, plan, stats, spec, memory)
+
+
+def _read_and_sign(run: _Run, splits: list[ingest.Split], detect_fingerprint: str) -> list[str]:
+    """Ingest, detect and signatures, in one pass over the input. Returns the names of the parts."""
+    recipe, folder = run.recipe, run.folder
+    readings = [
+        steps.Reading(folder, s, steps.Chains.of(s, detect_fingerprint, recipe.dedup), recipe.detect, recipe.dedup)
+        for s in splits
+    ]
+    names: dict[str, list[str]] = {}
+    stale = []
+    with run.stage("ingest_detect"):
+        for reading in readings:
+            done = _complete(reading)
+            if done is None:
+                stale.append(reading)
+            else:
+                names[reading.split.name] = done
+        for worked in run.engine.fan_out(steps.read_split, steps.work_part, stale, "ingest, detect"):
+            names.setdefault(worked.split, []).append(worked.name)
+            _account(run, worked)
+        for reading in stale:
+            # A split of which nothing came out still has one part: its reject.
+            steps.finish_split(reading, names.get(reading.split.name, []))
+        every = sorted(name for parts in names.values() for name in parts)
+        for stage, place in (("ingest", DOCUMENTS), ("detect", DETECT), ("signatures", SIGNATURES)):
+            folder.drop_parts(place, every)
+            run.record(stage, _parts(folder, place, every))
+        folder.drop_parts(steps.SPLITS, [s.name for s in splits])
+    return every
+
+
+def _complete(reading: steps.Reading) -> list[str] | None:
+    """The parts of a split when nothing of it has to be done again, else None."""
+    run, chains = reading.run, reading.chains
+    done = run.current(steps.SPLITS, reading.split.name, chains.ingest)
+    if done is None:
+        return None
+    names: list[str] = done.about["parts"]
+    stages = ((DOCUMENTS, chains.ingest), (DETECT, chains.detect), (SIGNATURES, chains.signatures))
+    return names if all(run.current(place, name, chain) for place, chain in stages for name in names) else None
+
+
+def _dedup(run: _Run, names: list[str]) -> None:
+    section = run.recipe.dedup
+    signed = sorted(part["chain"] for part in run.stages["signatures"]["parts"])
+    threshold = run.recipe.detect.fasttext.threshold
+    chain = fingerprint(["dedup", dedup.STAGE_VERSION, section.model_dump(), threshold, names, signed])
+    with run.stage("dedup"):
+        if not all(run.folder.current(DEDUP, name, chain) for name in names):
+            dedup.cluster(run.folder, names, section, chain, run.engine.map)
+            run.made["dedup"] = len(names)
+        run.folder.drop_parts(DEDUP, [*names, dedup.REJECTS_PART])
+        rejects = run.folder.part(DEDUP, dedup.REJECTS_PART)
+        run.record("dedup", [*_parts(run.folder, DEDUP, names), *([rejects] if rejects else [])])
+
+
+def _tokenise(run: _Run, names: list[str], spec: TokenizerSpec) -> TokenizerSpec:
+    """Token ids of every representative. Returns the spec with the encoder that was chosen."""
+    folder = run.folder
+    with run.stage("tokenise"):
+        # Parents by content where it is cheap: a dedup that comes out the same costs nothing downstream.
+        ingested = {part["name"]: part["chain"] for part in run.stages["ingest"]["parts"]}
+        clusters = {part["name"]: part["files"] for part in run.stages["dedup"]["parts"]}
+        identity = [tokenise.STAGE_VERSION, spec.sha256, spec.eos_id, spec.token_bytes]
+        chains = {
+            name: fingerprint(["tokenise", *identity, ingested[name], [f["sha256"] for f in clusters[name]]])
+            for name in names
+        }
+        stale = [name for name in names if not folder.current(TOKENS, name, chains[name])]
+        if stale:
+            sample = folder.read(f"{DOCUMENTS}/{stale[0]}.parquet", ["text"])["text"][:200].to_pylist()
+            spec = tokenise.check_fastokens(spec, sample)
+            if spec.warning:
+                run.warnings.append(spec.warning)
+        items = [steps.TokenItem(folder, name, chains[name], spec) for name in stale]
+        for worked in run.engine.map(steps.tokenise_part, items, "tokenise"):
+            _account(run, worked)
+        run.made["tokenise"] = len(stale)
+        folder.drop_parts(TOKENS, names)
+        run.record("tokenise", _parts(folder, TOKENS, names))
+    return spec
+
+
+def _mix(run: _Run, names: list[str], spec: TokenizerSpec) -> tuple[list[ArmPhase], np.ndarray]:
+    """Plan the arms, write their shards. Returns the plan and arms.STATS of each arm-phase."""
+    recipe, folder = run.recipe, run.folder
+    tokens = recipe.tokenise.shard_tokens
+    section = {
+        "mix": recipe.mix.model_dump(),
+        "seed": recipe.seed,
+        "threshold": recipe.detect.fasttext.threshold,
+        "formats": recipe.tokenise.formats,
+        "shard_tokens": tokens,
+        "tokenizer": spec.name,
+    }
+    parents = [part["files"] for stage in ("detect", "dedup", "tokenise") for part in run.stages[stage]["parts"]]
+    chain = steps.mix_chain(section, [fingerprint(parents)])
+    with run.stage("mix"):
+        done = folder.current(ARMS, "plan", chain)
+        if done and all(folder.current(place, name, chain) for place, name in done.about["shards"]):
+            run.record("mix", [done, *(_part(folder, place, name) for place, name in done.about["shards"])])
+            return [], np.array(done.about["stats"])
+        supply = arms.MappedSupply(folder, names, recipe.seed, run.engine.map)
+        plan = arms.make_plan(recipe.mix, supply)
+        counts = arms.shard_counts(plan, tokens)
+        stats, limits = _select(run, names, plan, counts)
+        items = _shard_items(folder, names, plan, counts, limits, chain, recipe.tokenise.formats, spec)
+        written = list(run.engine.map(steps.write_shard, items, "write shards"))
+        run.made["mix"] = len(written)
+        places = sorted((part.folder, part.name) for part in written)
+        _drop_other_shards(folder, places)
+        storage.remove(folder.path(arms.WORK))
+        about = {"shards": places, "stats": stats.tolist(), "arms": _achieved(plan, stats)}
+        done = folder.commit_part(Part(ARMS, "plan", chain, (), about=about))
+        run.record("mix", [done, *sorted(written, key=lambda part: (part.folder, part.name))])
+    return plan, stats
+
+
+def _select(
+    run: _Run, names: list[str], plan: list[ArmPhase], counts: tuple[int, ...]
+) -> tuple[np.ndarray, list[int]]:
+    """Write every part's rows; sums over parts: stats of each arm-phase, and the tokens to keep of each shard."""
+    shard_tokens = np.zeros(sum(counts), np.int64)
+    stats = np.zeros((len(plan), len(arms.STATS)), np.int64)
+    items = [arms.PartItem(run.folder, name, run.recipe.seed, plan=tuple(plan), shards=counts) for name in names]
+    for selected in run.engine.map(arms.select_part, items, "select"):
+        shard_tokens += selected["shard_tokens"]
+        most = np.maximum(stats[:, -1], selected["stats"][:, -1])
+        stats += selected["stats"]
+        stats[:, -1] = most
+    return stats, arms.cut_to_budget(plan, counts, shard_tokens)
+
+
+def _shard_items(
+    folder: RunFolder,
+    names: list[str],
+    plan: list[ArmPhase],
+    counts: tuple[int, ...],
+    limits: list[int],
+    chain: str,
+    formats: tuple[str, ...],
+    spec: TokenizerSpec,
+) -> list[steps.WriteShard]:
+    items, shard = [], 0
+    for arm_phase, count in zip(plan, counts, strict=True):
+        place = steps.arm_folder(arm_phase.arm, arm_phase.phase)
+        for k in range(count):
+            if limits[shard]:
+                rows = arms.ShardItem(folder, tuple(names), shard, limits[shard])
+                items.append(steps.WriteShard(rows, place, f"{k:05d}", chain, formats, spec))
+            shard += 1
+    return items
+
+
+def _drop_other_shards(folder: RunFolder, places: list[tuple[str, str]]) -> None:
+    """Remove the shards of arms and phases that the recipe no longer has."""
+    wanted: dict[str, list[str]] = {}
+    for place, name in places:
+        wanted.setdefault(place, []).append(name)
+    for arm in storage.list_names(folder.path(ARMS)):
+        if arm.endswith(".json") or f"{ARMS}/{arm}" == arms.WORK:
+            continue
+        for phase in storage.list_names(folder.path(ARMS, arm)):
+            place = steps.arm_folder(arm, phase)
+            folder.drop_parts(place, wanted.get(place, []))
+            if place not in wanted:
+                storage.remove(folder.path(place))
+
+
+def _achieved(plan: list[ArmPhase], stats: np.ndarray) -> list[dict[str, Any]]:
+    """The asked-versus-achieved table, one row an arm-phase."""
+    rows = []
+    for arm_phase, sums in zip(plan, stats.tolist(), strict=True):
+        found = dict(zip(arms.STATS, sums, strict=True))
+        background = found["tokens"] - found["inserted_tokens"]
+        rows.append(
+            {
+                "arm": arm_phase.arm,
+                "phase": arm_phase.phase,
+                "tokens_asked": arm_phase.target,
+                "tokens": found["tokens"] - arm_phase.excess,
+                "share_asked": arm_phase.share,
+                "share": found["inserted_tokens"] / arm_phase.target,
+                "documents": found["documents"],
+                "background_documents": found["documents"] - found["inserted_documents"],
+                "inserted_documents": found["inserted_documents"],
+                "dropped_documents": found["dropped_documents"],
+                "drop": sorted(arm_phase.drop),
+                "max_repeat": found["max_uses"],
+                "discourse_tokens": found["discourse_tokens"],
+                "common_with_first": found["common_tokens"] / background if background else 0.0,
+            }
+        )
+    return rows
+
+
+def _finish(run: _Run, plan: list[ArmPhase], stats: np.ndarray, spec: TokenizerSpec, memory: PeakMemory) -> dict[str, Any]:
+    """Summary, cards, manifest and report; the manifest is written last but for the report that reads it."""
+    from curation.inspection import cards, report
+
+    manifest: dict[str, Any] = {
+        "schema_version": SCHEMA_VERSION,
+        "tilth_version": __version__,
+        "recipe": run.recipe.model_dump(mode="json"),
+        "tokenizer": spec.about(),
+        "stages": run.stages,
+    }
+    with run.stage("report"):
+        manifest["summary"] = summarise(run.folder.root, run.recipe, run.stages, run.seconds, run.busy, memory.peak_bytes())
+        manifest["summary"]["warnings"] = run.warnings
+        cards.write_cards(run.folder, manifest)
+        storage.commit_bytes(run.folder.path("manifest.json"), json.dumps(manifest, indent=1, sort_keys=True).encode())
+        report.write_report(run.folder, manifest)
+    manifest["summary"]["seconds"] = {k: round(v, 2) for k, v in run.seconds.items()}
+    storage.commit_bytes(run.folder.path("manifest.json"), json.dumps(manifest, indent=1, sort_keys=True).encode())
+    run.event("done", exit_code=manifest["summary"]["exit_code"])
+    summary: dict[str, Any] = manifest["summary"]
+    return summary
+
+
+def _parts(folder: RunFolder, place: str, names: list[str]) -> list[Part]:
+    return [_part(folder, place, name) for name in names]
+
+
+def _part(folder: RunFolder, place: str, name: str) -> Part:
+    part = folder.part(place, name)
+    assert part is not None, f"{place}/{name} was committed by this run"
+    return part
+
+
+def _account(run: _Run, worked: steps.Worked) -> None:
+    for stage, seconds in worked.seconds.items():
+        run.busy[stage] = run.busy.get(stage, 0.0) + seconds
+
+
+def _recipe_yaml(recipe: Recipe) -> bytes:
+    import yaml
+
+    text: str = yaml.safe_dump(recipe.model_dump(mode="json", exclude_none=True), sort_keys=False, allow_unicode=True)
+    return text.encode()
+
+
+__all__ = ["QUARANTINE", "curate"]

@@ -1,0 +1,169 @@
+"""Files anywhere that fsspec reaches, and writes that are visible only when whole.
+
+Local: temporary name in the same folder, fsync, rename, fsync of the folder.
+Object stores: one upload, which the store publishes when it is finished.
+"""
+
+import hashlib
+import os
+import uuid
+from collections.abc import Callable
+from pathlib import Path
+from typing import IO, BinaryIO, NamedTuple, cast
+
+import fsspec
+import pyarrow as pa
+import pyarrow.parquet as pq
+from fsspec.implementations.local import LocalFileSystem
+
+
+class Committed(NamedTuple):
+    """What a finished write left behind."""
+
+    sha256: str
+    size_bytes: int
+
+
+def filesystem(path: str) -> tuple[fsspec.AbstractFileSystem, str]:
+    """The file system of `path` (s3://, gs://, hf://, local) and the path within it."""
+    return cast("tuple[fsspec.AbstractFileSystem, str]", fsspec.core.url_to_fs(str(path)))
+
+
+def is_local(path: str) -> bool:
+    return isinstance(filesystem(path)[0], LocalFileSystem)
+
+
+def join(base: str, *parts: str) -> str:
+    return "/".join([str(base).rstrip("/"), *parts])
+
+
+def exists(path: str) -> bool:
+    fs, inner = filesystem(path)
+    return bool(fs.exists(inner))
+
+
+def size_bytes(path: str) -> int:
+    fs, inner = filesystem(path)
+    return int(fs.size(inner))
+
+
+def open_read(path: str) -> BinaryIO:
+    fs, inner = filesystem(path)
+    return cast("BinaryIO", fs.open(inner, "rb"))
+
+
+def read_bytes(path: str) -> bytes:
+    with open_read(path) as handle:
+        return handle.read()
+
+
+def list_names(folder: str) -> list[str]:
+    """Sorted names in `folder`; empty when it does not exist."""
+    fs, inner = filesystem(folder)
+    if not fs.exists(inner):
+        return []
+    fs.invalidate_cache(inner)
+    return sorted(str(entry).rstrip("/").rsplit("/", 1)[-1] for entry in fs.ls(inner, detail=False))
+
+
+def remove(path: str) -> None:
+    """Remove a file or folder that may not exist."""
+    fs, inner = filesystem(path)
+    if fs.exists(inner):
+        fs.rm(inner, recursive=True)
+
+
+class _Hashing:
+    """A write-only file that hashes what goes through it, so that no file is read again for its sha256."""
+
+    def __init__(self, raw: IO[bytes]):
+        self._raw, self._sha, self.size_bytes, self.closed = raw, hashlib.sha256(), 0, False
+
+    def write(self, data: bytes) -> int:
+        self._sha.update(data)
+        self.size_bytes += memoryview(data).nbytes
+        self._raw.write(data)
+        return memoryview(data).nbytes
+
+    def tell(self) -> int:
+        return self.size_bytes
+
+    def flush(self) -> None:
+        self._raw.flush()
+
+    def close(self) -> None:
+        pass
+
+    def writable(self) -> bool:
+        return True
+
+    def readable(self) -> bool:
+        return False
+
+    def seekable(self) -> bool:
+        return False
+
+    def committed(self) -> Committed:
+        return Committed(self._sha.hexdigest(), self.size_bytes)
+
+
+def commit(path: str, write: Callable[[BinaryIO], object]) -> Committed:
+    """Call `write(file)` and publish what it wrote as `path`, whole or not at all."""
+    fs, inner = filesystem(path)
+    if not isinstance(fs, LocalFileSystem):
+        with fs.open(inner, "wb") as raw:
+            hashing = _Hashing(raw)
+            write(cast("BinaryIO", hashing))
+        return hashing.committed()
+    target = Path(inner)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    # A leading dot and .tmp: never listed as a part; leftovers of a killed process are overwritten or ignored.
+    temporary = target.with_name(f".{target.name}.{os.getpid()}.{uuid.uuid4().hex[:8]}.tmp")
+    try:
+        with open(temporary, "wb") as handle:
+            hashing = _Hashing(handle)
+            write(cast("BinaryIO", hashing))
+            handle.flush()
+            os.fsync(handle.fileno())
+        os.replace(temporary, target)
+    finally:
+        temporary.unlink(missing_ok=True)
+    folder = os.open(target.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
+    return hashing.committed()
+
+
+def commit_bytes(path: str, data: bytes) -> Committed:
+    return commit(path, lambda handle: handle.write(data))
+
+
+def commit_table(path: str, table: pa.Table, row_group_rows: int = 65_536) -> Committed:
+    """Write `table` as zstd Parquet. The same table gives the same bytes."""
+    return commit(
+        path,
+        lambda handle: pq.write_table(
+            table, handle, compression="zstd", compression_level=1, row_group_size=row_group_rows, store_schema=True
+        ),
+    )
+
+
+def read_table(path: str, columns: list[str] | None = None) -> pa.Table:
+    """A Parquet file with its own schema (no partition columns guessed from the path)."""
+    fs, inner = filesystem(path)
+    if isinstance(fs, LocalFileSystem):
+        return pq.read_table(inner, columns=columns, partitioning=None, memory_map=True)
+    with fs.open(inner, "rb") as handle:
+        return pq.read_table(handle, columns=columns)
+
+
+def file_sha256(path: str) -> Committed:
+    """Hash a file as it is now."""
+    sha, size = hashlib.sha256(), 0
+    with open_read(path) as handle:
+        while block := handle.read(1 << 20):
+            sha.update(block)
+            size += len(block)
+    return Committed(sha.hexdigest(), size)

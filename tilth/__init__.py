@@ -1,0 +1,1 @@
+"""Tilth: the command line over curation, training and evaluation."""

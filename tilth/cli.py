@@ -1,0 +1,164 @@
+"""`tilth`: one verb for each stage, no logic of its own.
+
+Everything that a person reads goes to stderr, results to stdout; with `--json` the last line of
+stdout is one JSON object. Exit codes: 0 done, 1 failed, 2 the user's mistake, 3 done with more
+quarantined than the recipe allows. Heavy imports happen inside the verbs: `tilth --help` is quick.
+"""
+
+import json
+import os
+import sys
+from typing import Annotated, Any
+
+import typer
+
+from curation.errors import TilthError, UserError
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, help=__doc__.split("\n\n")[0])
+detect_app = typer.Typer(no_args_is_help=True, help="Train the discourse detector, or run it on documents.")
+tokenizer_app = typer.Typer(no_args_is_help=True, help="Train a tokenizer.")
+app.add_typer(detect_app, name="detect")
+app.add_typer(tokenizer_app, name="tokenizer")
+
+
+@app.callback()
+def _root() -> None:
+    """Tilth: find, label, deduplicate and re-weight AI discourse in pretraining corpora."""
+
+
+@app.command()
+def curate(
+    recipe: Annotated[str, typer.Argument(help="The recipe, a YAML file.")],
+    run: Annotated[str | None, typer.Option(help="The run folder; default runs/NAME of the recipe.")] = None,
+    workers: Annotated[int | None, typer.Option(min=1, help="CPUs to use; default all.")] = None,
+    address: Annotated[str | None, typer.Option(help="Ray cluster to join: auto, HOST:PORT or ray://….")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print what would be done, and do nothing.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="End with the summary as one JSON line.")] = False,
+) -> None:
+    """Documents in, token shards out: ingest, detect, dedup, mix, tokenise on Ray.
+
+    The same command again goes on where it was cut off, and does nothing when nothing changed.
+    """
+    from curation.recipe import Recipe
+
+    loaded = Recipe.load(recipe)
+    root = run or os.path.join("runs", loaded.name)
+    if dry_run:
+        from curation.plan import plan
+        from tilth.terminal import print_plan
+
+        found = plan(loaded, root)
+        print_plan(found)
+        _print_json(found, as_json)
+        return
+    from curation.pipeline import curate as curate_run
+    from tilth.terminal import Progress, print_summary
+
+    with Progress() as progress:
+        summary = curate_run(
+            loaded, root, workers=workers, address=address, on_progress=progress.update, on_line=progress.line
+        )
+    print_summary(summary)
+    _print_json(summary, as_json)
+    raise typer.Exit(summary["exit_code"])
+
+
+@app.command()
+def verify(
+    run: Annotated[str, typer.Argument(help="A run folder.")],
+    as_json: Annotated[bool, typer.Option("--json", help="End with one JSON line.")] = False,
+) -> None:
+    """Re-hash every file of a run, and name what is damaged."""
+    from curation.manifest import RunFolder
+    from curation.manifest import verify as verify_run
+
+    damaged, checked = verify_run(RunFolder(run))
+    for line in damaged:
+        _say(line)
+    _say(f"{checked} files checked, {len(damaged)} damaged")
+    _print_json({"checked": checked, "damaged": damaged}, as_json)
+    if damaged:
+        _say("run the same `tilth curate` again after removing what is damaged: it is made anew")
+        raise typer.Exit(1)
+
+
+@detect_app.command("train")
+def detect_train(
+    labelled: Annotated[list[str], typer.Argument(help="JSON lines (.gz, .zst) with `text` and `stance`.")],
+    output: Annotated[str, typer.Option("-o", "--output", help="Model to write, .bin or .ftz.")],
+    seed: Annotated[int, typer.Option(help="Seed of the split and of training.")] = 0,
+    as_json: Annotated[bool, typer.Option("--json", help="End with the held-out report as one JSON line.")] = False,
+) -> None:
+    """Train a fastText detector, with a report on documents held out."""
+    from curation.detect.fasttext import train
+    from tilth.terminal import print_detector_report
+
+    report = train(labelled, output, seed=seed)
+    print_detector_report(report)
+    _print_json(report, as_json)
+
+
+@detect_app.command("predict")
+def detect_predict(
+    inputs: Annotated[list[str], typer.Argument(help="Documents: paths or globs, any format that curate reads.")],
+    output: Annotated[str, typer.Option("-o", "--output", help="Parquet file to write.")],
+    model: Annotated[str, typer.Option(help="`default` or a model of `tilth detect train`.")] = "default",
+    threshold: Annotated[float, typer.Option(min=0, max=1, help="p(discourse) from which the decision is yes.")] = 0.5,
+    text_key: Annotated[str, typer.Option(help="Field with the text.")] = "text",
+    id_key: Annotated[str, typer.Option(help="Field with the id.")] = "id",
+    as_json: Annotated[bool, typer.Option("--json", help="End with counts as one JSON line.")] = False,
+) -> None:
+    """Probability of each stance, decision and blocklist hits for each document."""
+    from curation.predict import predict
+    from curation.recipe import Detect, FastText
+
+    section = Detect(fasttext=FastText(model=model, threshold=threshold))
+    counts = predict(inputs, output, section, text_key=text_key, id_key=id_key)
+    _say(
+        f"{counts['documents']:,} documents, {counts['discourse']:,} AI discourse, {counts['blocklist']:,} on the "
+        f"blocklist, {counts['rejects']:,} unreadable records left out -> {output}"
+    )
+    _print_json(counts, as_json)
+
+
+@tokenizer_app.command("train")
+def tokenizer_train(
+    inputs: Annotated[list[str], typer.Argument(help="Documents: paths or globs, any format that curate reads.")],
+    output: Annotated[str, typer.Option("-o", "--output", help="tokenizer.json to write.")],
+    vocab_size: Annotated[int, typer.Option(help="Number of tokens, with the 256 bytes and <|endoftext|>.")] = 32_000,
+    text_key: Annotated[str, typer.Option(help="Field with the text.")] = "text",
+) -> None:
+    """Train a byte-level BPE on documents. The same documents in the same files give the same tokenizer."""
+    from curation.predict import texts
+    from curation.tokenise.tokenizer import train
+
+    train(texts(inputs, text_key=text_key), vocab_size, output)
+    _say(f"tokenizer of {vocab_size:,} tokens -> {output}")
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr)
+
+
+def _print_json(value: Any, wanted: bool) -> None:
+    if wanted:
+        print(json.dumps(value, sort_keys=True, default=str))
+
+
+def main() -> None:
+    """The console script: errors that Tilth can name become one line and an exit code."""
+    try:
+        app()
+    except TilthError as error:
+        _say(f"{'error' if isinstance(error, UserError) else 'failed'}: {error}")
+        sys.exit(error.exit_code)
+    except PermissionError as error:
+        _say(f"error: no permission for {error.filename or error}: mend its mode, or use another path")
+        sys.exit(2)
+    except KeyboardInterrupt:
+        _say("stopped: the same command goes on from here")
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,122 @@
+"""What people see: progress bars on a terminal, plain lines in a log, tables at the end. All on stderr."""
+
+import time
+from types import TracebackType
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.progress import Progress as Bars
+from rich.table import Table
+
+console = Console(stderr=True, highlight=False)
+LOG_EVERY_S = 10.0
+
+
+class Progress:
+    """`update(label, done, total)` draws one bar a stage, or prints a line at its start and now and then."""
+
+    def __init__(self) -> None:
+        self._bars = Bars(
+            SpinnerColumn(finished_text="[green]✓"),
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=28),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            console=console,
+        )
+        self._tasks: dict[str, Any] = {}
+        self._last: dict[str, float] = {}
+
+    def __enter__(self) -> "Progress":
+        if console.is_terminal:
+            self._bars.start()
+            self._tasks["start"] = self._bars.add_task("start Ray", total=1)
+        else:
+            console.print("start Ray")
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        if console.is_terminal:
+            for task in self._bars.tasks:
+                if kind is None and not task.finished:
+                    self._bars.update(task.id, total=task.completed)
+            self._bars.stop()
+
+    def line(self, text: str) -> None:
+        console.print(text, markup=False)
+
+    def update(self, label: str, done: int, total: int | None) -> None:
+        if console.is_terminal:
+            if "start" in self._tasks:
+                self._bars.update(self._tasks.pop("start"), completed=1)
+            if label not in self._tasks:
+                self._tasks[label] = self._bars.add_task(label, total=total)
+            self._bars.update(self._tasks[label], completed=done, total=total)
+        elif label not in self._last or time.monotonic() - self._last[label] > LOG_EVERY_S:
+            self._last[label] = time.monotonic()
+            console.print(f"{label}: {done}" + (f" of {total}" if total else ""), markup=False)
+
+
+def _table(title: str, columns: list[tuple[str, str]]) -> Table:
+    table = Table(title=title, title_justify="left", title_style="bold", box=None, pad_edge=False, padding=(0, 2, 0, 0))
+    for name, justify in columns:
+        table.add_column(name, justify=justify)  # type: ignore[arg-type]
+    return table
+
+
+def print_summary(summary: dict[str, Any]) -> None:
+    """The run in two tables and the paths to go on with."""
+    sources = _table("sources", [("source", "left"), *[(n, "right") for n in ("documents", "AI discourse", "blocklist", "kept")]])
+    for name, row in summary["sources"].items():
+        sources.add_row(name, *[f"{row.get(k, 0):,}" for k in ("documents", "discourse", "blocklist", "kept")])
+    arms = _table(
+        "arms, asked and achieved",
+        [("arm", "left"), ("phase", "left"), *[(n, "right") for n in (
+            "tokens", "asked", "share", "asked", "documents", "inserted", "dropped", "most uses", "same background")]],
+    )  # fmt: skip
+    for row in summary["arms"]:
+        arms.add_row(
+            row["arm"], row["phase"], f"{row['tokens']:,}", f"{row['tokens_asked']:,}", f"{row['share']:.2%}",
+            f"{row['share_asked']:.2%}", f"{row['documents']:,}", f"{row['inserted_documents']:,}",
+            f"{row['dropped_documents']:,}", str(row["max_repeat"]), f"{row['common_with_first']:.1%}",
+        )  # fmt: skip
+    console.print()
+    console.print(sources)
+    console.print()
+    console.print(arms)
+    console.print()
+    duplicates = summary["duplicates"]
+    console.print(
+        f"{summary['documents_read']:,} documents read, {duplicates['exact']:,} exact and {duplicates['near']:,} near "
+        f"duplicates, {summary['kept']:,} kept, {summary['quarantined_total']:,} quarantined"
+        + (f" ({', '.join(f'{k} {n:,}' for k, n in summary['quarantined'].items())})" if summary["quarantined"] else "")
+    )
+    seconds = ", ".join(f"{k} {v:.1f}" for k, v in summary["seconds"].items())
+    console.print(f"seconds: {seconds}; peak memory {summary['peak_memory_bytes'] / 1e9:.2f} GB")
+    console.print(f"shards   {summary['run']}/60_arms", soft_wrap=True)
+    console.print(f"report   {summary['run']}/report.html", soft_wrap=True)
+    if summary["exit_code"]:
+        console.print("[bold]more was quarantined than max_quarantine_fraction allows:[/] see quarantine/ in the run folder")
+
+
+def print_plan(plan: dict[str, Any]) -> None:
+    """What a run would read and do again."""
+    inputs = _table("inputs", [("source", "left"), ("role", "left"), ("files", "right"), ("bytes", "right"), ("splits", "right")])
+    for row in plan["inputs"]:
+        inputs.add_row(row["source"], row["role"], f"{row['files']:,}", f"{row['bytes']:,}", f"{row['splits']:,}")
+    stages = _table("stages", [("stage", "left"), ("parts to do", "right"), ("done before", "right")])
+    for row in plan["stages"]:
+        todo = "?" if row["to_do"] is None else f"{row['to_do']:,}"
+        stages.add_row(row["stage"], todo, f"{row['done']:,}")
+    arms = _table("arms", [("arm", "left"), ("phase", "left"), ("tokens", "right"), ("share", "right"), ("drop", "left"), ("shards", "right")])
+    for row in plan["arms"]:
+        arms.add_row(row["arm"], row["phase"], f"{row['tokens']:,}", f"{row['share']:.2%}", ", ".join(row["drop"]) or "-", f"{row['shards']:,}")
+    for table in (inputs, stages, arms):
+        console.print(table)
+        console.print()
+
+
+def print_detector_report(report: dict[str, Any]) -> None:
+    """Held-out figures of a trained detector."""
+    console.print_json(data=report)
