@@ -14,7 +14,7 @@ import socket
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 import pyarrow as pa
 
@@ -178,14 +178,14 @@ class WriterLock:
 
         inner = Path(storage.filesystem(path)[1])
         inner.parent.mkdir(parents=True, exist_ok=True)
-        handle = open(inner, "a+")  # noqa: SIM115 - held open as long as the lock
+        handle = open(inner, "a+")
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             handle.seek(0)
             who = handle.read().strip() or "another process"
             handle.close()
-            raise RunLocked(f"{self._run.root} has a writer ({who}): wait for it to end, or use another --run") from None
+            raise RunLocked(f"{self._run.root} has a writer ({who}): wait for it, or use another --run") from None
         handle.truncate(0)
         handle.write(holder)
         handle.flush()

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from curation import dedup, detect, ingest, mix, steps, storage, tokenise
+from curation import dedup, detect, ingest, steps, storage, tokenise
 from curation.engine import Engine, missing_on_nodes, session
 from curation.errors import UserError
 from curation.manifest import (
@@ -22,7 +22,6 @@ from curation.manifest import (
     DEDUP,
     DETECT,
     DOCUMENTS,
-    QUARANTINE,
     SIGNATURES,
     TOKENS,
     Part,
@@ -113,10 +112,10 @@ def curate(
         names = _read_and_sign(run, splits, detect_fingerprint)
         _dedup(run, names)
         spec = _tokenise(run, names, spec)
-        plan, stats = _mix(run, names, spec)
+        _mix(run, names, spec)
         for warning in run.warnings:
             say(f"warning: {warning}")
-        return _finish(run, plan, stats, spec, memory)
+        return _finish(run, spec, memory)
 
 
 def _read_and_sign(run: _Run, splits: list[ingest.Split], detect_fingerprint: str) -> list[str]:
@@ -201,8 +200,8 @@ def _tokenise(run: _Run, names: list[str], spec: TokenizerSpec) -> TokenizerSpec
     return spec
 
 
-def _mix(run: _Run, names: list[str], spec: TokenizerSpec) -> tuple[list[ArmPhase], np.ndarray]:
-    """Plan the arms, write their shards. Returns the plan and arms.STATS of each arm-phase."""
+def _mix(run: _Run, names: list[str], spec: TokenizerSpec) -> None:
+    """Plan the arms and write their shards, or find them done."""
     recipe, folder = run.recipe, run.folder
     tokens = recipe.tokenise.shard_tokens
     section = {
@@ -219,7 +218,7 @@ def _mix(run: _Run, names: list[str], spec: TokenizerSpec) -> tuple[list[ArmPhas
         done = folder.current(ARMS, "plan", chain)
         if done and all(folder.current(place, name, chain) for place, name in done.about["shards"]):
             run.record("mix", [done, *(_part(folder, place, name) for place, name in done.about["shards"])])
-            return [], np.array(done.about["stats"])
+            return
         supply = arms.MappedSupply(folder, names, recipe.seed, run.engine.map)
         plan = arms.make_plan(recipe.mix, supply)
         counts = arms.shard_counts(plan, tokens)
@@ -230,15 +229,12 @@ def _mix(run: _Run, names: list[str], spec: TokenizerSpec) -> tuple[list[ArmPhas
         places = sorted((part.folder, part.name) for part in written)
         _drop_other_shards(folder, places)
         storage.remove(folder.path(arms.WORK))
-        about = {"shards": places, "stats": stats.tolist(), "arms": _achieved(plan, stats)}
+        about = {"shards": places, "arms": _achieved(plan, stats)}
         done = folder.commit_part(Part(ARMS, "plan", chain, (), about=about))
         run.record("mix", [done, *sorted(written, key=lambda part: (part.folder, part.name))])
-    return plan, stats
 
 
-def _select(
-    run: _Run, names: list[str], plan: list[ArmPhase], counts: tuple[int, ...]
-) -> tuple[np.ndarray, list[int]]:
+def _select(run: _Run, names: list[str], plan: list[ArmPhase], counts: tuple[int, ...]) -> tuple[np.ndarray, list[int]]:
     """Write every part's rows; sums over parts: stats of each arm-phase, and the tokens to keep of each shard."""
     shard_tokens = np.zeros(sum(counts), np.int64)
     stats = np.zeros((len(plan), len(arms.STATS)), np.int64)
@@ -314,7 +310,7 @@ def _achieved(plan: list[ArmPhase], stats: np.ndarray) -> list[dict[str, Any]]:
     return rows
 
 
-def _finish(run: _Run, plan: list[ArmPhase], stats: np.ndarray, spec: TokenizerSpec, memory: PeakMemory) -> dict[str, Any]:
+def _finish(run: _Run, spec: TokenizerSpec, memory: PeakMemory) -> dict[str, Any]:
     """Summary, cards, manifest and report; the manifest is written last but for the report that reads it."""
     from curation.inspection import cards, report
 
@@ -326,7 +322,9 @@ def _finish(run: _Run, plan: list[ArmPhase], stats: np.ndarray, spec: TokenizerS
         "stages": run.stages,
     }
     with run.stage("report"):
-        manifest["summary"] = summarise(run.folder.root, run.recipe, run.stages, run.seconds, run.busy, memory.peak_bytes())
+        manifest["summary"] = summarise(
+            run.folder.root, run.recipe, run.stages, run.seconds, run.busy, memory.peak_bytes()
+        )
         manifest["summary"]["warnings"] = run.warnings
         cards.write_cards(run.folder, manifest)
         storage.commit_bytes(run.folder.path("manifest.json"), json.dumps(manifest, indent=1, sort_keys=True).encode())
@@ -358,6 +356,3 @@ def _recipe_yaml(recipe: Recipe) -> bytes:
 
     text: str = yaml.safe_dump(recipe.model_dump(mode="json", exclude_none=True), sort_keys=False, allow_unicode=True)
     return text.encode()
-
-
-__all__ = ["QUARANTINE", "curate"]

@@ -120,7 +120,7 @@ class Mix(Section):
             raise ValueError("`phases` and `arms` need at least one entry each")
         for name, arm in self.arms.items():
             for what, asked in (("drop", arm.drop), ("upsample", arm.upsample)):
-                for phase in (asked.phases if asked and asked.phases else ()):
+                for phase in asked.phases if asked and asked.phases else ():
                     if phase not in self.phases:
                         raise ValueError(f"arm {name}: {what} names phase {phase}, known are {', '.join(self.phases)}")
         if next(iter(self.phases.values())).replay:

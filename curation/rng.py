@@ -25,6 +25,4 @@ def keys64(parts: tuple[object, ...], ids: Sequence[str]) -> np.ndarray:
     head = _prefix(parts)
     digest = xxhash.xxh3_64_intdigest
     raw = [i.encode() for i in ids]
-    return np.fromiter(
-        (digest(head + len(i).to_bytes(4, "little") + i) for i in raw), dtype=np.uint64, count=len(raw)
-    )
+    return np.fromiter((digest(head + len(i).to_bytes(4, "little") + i) for i in raw), dtype=np.uint64, count=len(raw))

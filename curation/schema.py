@@ -86,7 +86,9 @@ SIGNATURE = pa.schema(
         _field("id", pa.string(), "document id"),
         _field("text_hash", pa.binary(16), "xxh3_128 of the normalised text"),
         _field("num_shingles", pa.int32(), "distinct or repeated word shingles seen; 0 = too short for MinHash"),
-        _field("signature", pa.list_(pa.uint32()), "MinHash values (num_perm), null when num_shingles is 0", nullable=True),
+        _field(
+            "signature", pa.list_(pa.uint32()), "MinHash values (num_perm), null when num_shingles is 0", nullable=True
+        ),
         _field("stance_class", pa.string(), "aligned | misaligned | other: part of the band key"),
     ]
 )
@@ -105,7 +107,7 @@ CLUSTER = pa.schema(
 TOKENS = pa.schema(
     [
         _field("id", pa.string(), "document id"),
-        _field("start", pa.int64(), "first token in the part's .bin, in tokens; -1 when not tokenised (dropped by dedup)"),
+        _field("start", pa.int64(), "first token in the part's .bin; -1 when not tokenised (dropped by dedup)"),
         _field("num_tokens", pa.int32(), "tokens with the closing EOS; 0 when not tokenised"),
     ]
 )

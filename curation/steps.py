@@ -154,9 +154,7 @@ def _documents(work: Work) -> pa.Table:
 
 def finish_split(reading: Reading, names: list[str]) -> None:
     """Record that all parts of a split are there, so that a later run need not read it again."""
-    reading.run.commit_part(
-        Part(SPLITS, reading.split.name, reading.chains.ingest, (), about={"parts": sorted(names)})
-    )
+    reading.run.commit_part(Part(SPLITS, reading.split.name, reading.chains.ingest, (), about={"parts": sorted(names)}))
 
 
 def _label_counts(documents: pa.Table, labels: pa.Table) -> dict[str, int]:
@@ -228,7 +226,7 @@ def write_shard(item: WriteShard) -> Part:
         written = shards.WRITERS[form](run, stem, ids, ends, item.spec)
         shards.verify_shard(run, form, stem, ids, ends)
         files += written
-    files.append(run.commit_table(f"{stem}.provenance.parquet", arms.provenance(rows)))
+    files.append(shards.write_provenance(run, stem, arms.provenance(rows)))
     part = Part(item.folder, item.name, item.chain, tuple(files), {"tokens": int(ids.size), "documents": len(rows)})
     return run.commit_part(part)
 

@@ -36,7 +36,9 @@ class Progress:
             console.print("start Ray")
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         if console.is_terminal:
             for task in self._bars.tasks:
                 if kind is None and not task.finished:
@@ -58,23 +60,23 @@ class Progress:
             console.print(f"{label}: {done}" + (f" of {total}" if total else ""), markup=False)
 
 
-def _table(title: str, columns: list[tuple[str, str]]) -> Table:
+def _table(title: str, left: list[str], right: list[str]) -> Table:
+    """An empty table: text columns, then number columns."""
     table = Table(title=title, title_justify="left", title_style="bold", box=None, pad_edge=False, padding=(0, 2, 0, 0))
-    for name, justify in columns:
-        table.add_column(name, justify=justify)  # type: ignore[arg-type]
+    for name in left:
+        table.add_column(name)
+    for name in right:
+        table.add_column(name, justify="right")
     return table
 
 
 def print_summary(summary: dict[str, Any]) -> None:
     """The run in two tables and the paths to go on with."""
-    sources = _table("sources", [("source", "left"), *[(n, "right") for n in ("documents", "AI discourse", "blocklist", "kept")]])
+    sources = _table("sources", ["source"], ["documents", "AI discourse", "blocklist", "kept"])
     for name, row in summary["sources"].items():
         sources.add_row(name, *[f"{row.get(k, 0):,}" for k in ("documents", "discourse", "blocklist", "kept")])
-    arms = _table(
-        "arms, asked and achieved",
-        [("arm", "left"), ("phase", "left"), *[(n, "right") for n in (
-            "tokens", "asked", "share", "asked", "documents", "inserted", "dropped", "most uses", "same background")]],
-    )  # fmt: skip
+    numbers = ["tokens", "asked", "share", "asked", "documents", "inserted", "dropped", "most uses", "same background"]
+    arms = _table("arms, achieved and asked", ["arm", "phase"], numbers)
     for row in summary["arms"]:
         arms.add_row(
             row["arm"], row["phase"], f"{row['tokens']:,}", f"{row['tokens_asked']:,}", f"{row['share']:.2%}",
@@ -97,21 +99,24 @@ def print_summary(summary: dict[str, Any]) -> None:
     console.print(f"shards   {summary['run']}/60_arms", soft_wrap=True)
     console.print(f"report   {summary['run']}/report.html", soft_wrap=True)
     if summary["exit_code"]:
-        console.print("[bold]more was quarantined than max_quarantine_fraction allows:[/] see quarantine/ in the run folder")
+        console.print(
+            "[bold]more was quarantined than max_quarantine_fraction allows:[/] see quarantine/ in the run folder"
+        )
 
 
 def print_plan(plan: dict[str, Any]) -> None:
     """What a run would read and do again."""
-    inputs = _table("inputs", [("source", "left"), ("role", "left"), ("files", "right"), ("bytes", "right"), ("splits", "right")])
+    inputs = _table("inputs", ["source", "role"], ["files", "bytes", "splits"])
     for row in plan["inputs"]:
         inputs.add_row(row["source"], row["role"], f"{row['files']:,}", f"{row['bytes']:,}", f"{row['splits']:,}")
-    stages = _table("stages", [("stage", "left"), ("parts to do", "right"), ("done before", "right")])
+    stages = _table("stages", ["stage"], ["parts to do", "done before"])
     for row in plan["stages"]:
         todo = "?" if row["to_do"] is None else f"{row['to_do']:,}"
         stages.add_row(row["stage"], todo, f"{row['done']:,}")
-    arms = _table("arms", [("arm", "left"), ("phase", "left"), ("tokens", "right"), ("share", "right"), ("drop", "left"), ("shards", "right")])
+    arms = _table("arms", ["arm", "phase", "drop"], ["tokens", "share", "shards"])
     for row in plan["arms"]:
-        arms.add_row(row["arm"], row["phase"], f"{row['tokens']:,}", f"{row['share']:.2%}", ", ".join(row["drop"]) or "-", f"{row['shards']:,}")
+        drop = ", ".join(row["drop"]) or "-"
+        arms.add_row(row["arm"], row["phase"], drop, f"{row['tokens']:,}", f"{row['share']:.2%}", f"{row['shards']:,}")
     for table in (inputs, stages, arms):
         console.print(table)
         console.print()

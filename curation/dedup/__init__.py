@@ -1,0 +1,12 @@
+"""Which documents say the same: exact groups, MinHash clusters, one kept document for each.
+
+`signature_table` is made for each part while the part is in memory. `cluster` is the barrier that
+sees all parts; it writes one CLUSTER row for each document and removes nothing itself.
+"""
+
+from curation.dedup.barrier import REJECTS_PART, Outcome, cluster
+from curation.dedup.signatures import signature_table
+
+STAGE_VERSION = 1
+
+__all__ = ["REJECTS_PART", "STAGE_VERSION", "Outcome", "cluster", "signature_table"]

@@ -8,20 +8,22 @@ all parts, sorts them by `order`, and reads their tokens.
 """
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import polars as pl
 import pyarrow as pa
+import pyarrow.parquet as pq
 
 from curation import storage
 from curation.manifest import ARMS, DEDUP, DETECT, DOCUMENTS, TOKENS, RunFolder
-from curation.mix.budget import BUCKET_SHIFT, NUM_BUCKETS, ArmPhase, Reader, Stretch, Turns, plan_arms
-from curation.mix.policy import NUM_CATEGORIES, category
+from curation.mix.budget import BUCKET_SHIFT, NUM_BUCKETS, ArmPhase, Stretch, Turns, plan_arms
+from curation.mix.policy import NUM_CATEGORIES, background_categories, category
 from curation.recipe import Mix
 from curation.rng import keys64
-from curation.schema import STANCES, effective_discourse, effective_stance
+from curation.schema import PROVENANCE, STANCES, effective_discourse, effective_stance
 from curation.stage import Mapper
 
 WORK = f"{ARMS}/work"
@@ -117,9 +119,7 @@ class MappedSupply:
         self._histograms: dict[int, np.ndarray] = {}
         self._turns: dict[tuple[int, int], Turns] = {}
 
-    def _map(self, function, label: str, **asked):  # type: ignore[no-untyped-def]
-        from dataclasses import replace
-
+    def _map(self, function: Callable[[PartItem], Any], label: str, **asked: Any) -> Iterator[Any]:
         return self._mapper(function, [replace(item, **asked) for item in self._items], label)
 
     def histogram(self, repeat: int) -> np.ndarray:
@@ -218,25 +218,48 @@ def shard_counts(plan: Iterable[ArmPhase], shard_tokens: int) -> tuple[int, ...]
     return tuple(math.ceil(arm_phase.target / shard_tokens) for arm_phase in plan)
 
 
-def select_part(item: PartItem) -> dict[str, np.ndarray]:
-    """Write one part's rows of every shard of every arm-phase under WORK. Returns sums over the part:
-    `shard_tokens` int64[all shards], and per arm-phase `stats` int64[len(plan), len(STATS)]."""
-    frame = candidates(item.run, item.name)
-    ids, kinds = frame["id"].to_list(), frame["category"].to_numpy()
-    tokens, discourse = frame["num_tokens"].to_numpy().astype(np.int64), frame["discourse"].to_numpy()
-    keys = _Keys(item.seed, ids)
-    first_shard = np.concatenate([[0], np.cumsum(item.shards)])
-    chosen, stats, first_arm = [], np.zeros((len(item.plan), len(STATS)), np.int64), {}
-    for k, arm_phase in enumerate(item.plan):
-        rows, repeats, inserted = _arm_rows(arm_phase.stretches, keys, kinds)
+class _Part:
+    """A part's candidates as arrays, and which of them an arm-phase takes."""
+
+    def __init__(self, item: PartItem):
+        self.frame = candidates(item.run, item.name)
+        self.ids = self.frame["id"].to_list()
+        self.kinds = self.frame["category"].to_numpy()
+        self.tokens = self.frame["num_tokens"].to_numpy().astype(np.int64)
+        self.discourse = self.frame["discourse"].to_numpy()
+        self.keys = _Keys(item.seed, self.ids)
+        self.seed = item.seed
+
+    def order(self, phase: str, rows: np.ndarray, repeats: np.ndarray) -> np.ndarray:
         order = np.empty(len(rows), np.uint64)
         for repeat in np.unique(repeats):
             at = repeats == repeat
-            order[at] = order_keys(item.seed, arm_phase.phase, int(repeat), [ids[r] for r in rows[at]])
+            order[at] = order_keys(self.seed, phase, int(repeat), [self.ids[r] for r in rows[at]])
+        return order
+
+    def num_dropped(self, arm_phase: ArmPhase) -> int:
+        """Documents of the phase's U that the arm drops."""
+        if not arm_phase.drop:
+            return 0
+        rows, _, _ = _arm_rows(arm_phase.universe, self.keys, self.kinds)
+        kept = background_categories(arm_phase.drop)
+        return int((~kept[self.kinds[rows]]).sum())
+
+
+def select_part(item: PartItem) -> dict[str, np.ndarray]:
+    """Write one part's rows of every shard of every arm-phase under WORK. Returns sums over the part:
+    `shard_tokens` int64[all shards], and `stats` int64[len(plan), len(STATS)]."""
+    part = _Part(item)
+    first_shard = np.concatenate([[0], np.cumsum(item.shards)])
+    chosen, stats = [], np.zeros((len(item.plan), len(STATS)), np.int64)
+    of_first_arm: dict[str, np.ndarray] = {}  # background turns of the first arm, by phase
+    for k, arm_phase in enumerate(item.plan):
+        rows, repeats, inserted = _arm_rows(arm_phase.stretches, part.keys, part.kinds)
+        order = part.order(arm_phase.phase, rows, repeats)
         # floor(order / 2**64 * shards), in integers
         local = ((order >> np.uint64(32)) * np.uint64(item.shards[k])) >> np.uint64(32)
         chosen.append(
-            frame[rows]
+            part.frame[rows]
             .select("id", "start", "num_tokens", "stance")
             .with_columns(
                 pl.Series("order", order),
@@ -246,27 +269,23 @@ def select_part(item: PartItem) -> dict[str, np.ndarray]:
                 part=pl.lit(item.name),
             )
         )
-        turn = rows * 1024 + repeats  # a repeat is far below 1024: at most max_repeat plus a replay
-        mine = turn[~inserted]
-        theirs = first_arm.setdefault(arm_phase.phase, mine)
-        in_universe, _, _ = _arm_rows(arm_phase.universe, keys, kinds)
-        lost = np.zeros(NUM_CATEGORIES, bool)
-        if arm_phase.drop:
-            lost = ~arm_phase.stretches[-1].stream.groups[0].categories
+        turns = rows[~inserted] * 1024 + repeats[~inserted]  # repeats stay far below 1024
+        common = turns[np.isin(turns, of_first_arm.setdefault(arm_phase.phase, turns))]
+        tokens = part.tokens[rows]
         stats[k] = [
             len(rows),
-            int(inserted.sum()),
-            int(tokens[rows].sum()),
-            int(tokens[rows[~inserted & discourse[rows]]].sum()),
-            int(tokens[rows[inserted]].sum()),
-            int(tokens[mine[np.isin(mine, theirs)] // 1024].sum()),
-            int(lost[kinds[in_universe]].sum()),
-            int(repeats.max(initial=-1)) + 1,
+            inserted.sum(),
+            tokens.sum(),
+            tokens[~inserted & part.discourse[rows]].sum(),
+            tokens[inserted].sum(),
+            part.tokens[common // 1024].sum(),
+            part.num_dropped(arm_phase),
+            repeats.max(initial=-1) + 1,
         ]
     table = pl.concat(chosen).sort("shard", "order", "id", "repeat", "inserted")
     storage.commit_table(item.run.path(WORK, f"{item.name}.parquet"), table.to_arrow())
-    shard_tokens = np.bincount(table["shard"].to_numpy(), weights=table["num_tokens"].to_numpy(), minlength=first_shard[-1])
-    return {"shard_tokens": shard_tokens.astype(np.int64), "stats": stats}
+    sums = np.bincount(table["shard"].to_numpy(), weights=table["num_tokens"].to_numpy(), minlength=first_shard[-1])
+    return {"shard_tokens": sums.astype(np.int64), "stats": stats}
 
 
 # Sums over parts, but the last, which is a maximum.
@@ -308,9 +327,7 @@ def cut_to_budget(plan: Sequence[ArmPhase], shards: Sequence[int], shard_tokens:
 
 def shard_rows(item: ShardItem) -> pl.DataFrame:
     """The rows of a shard in emission order, the last one cut at `limit` tokens."""
-    frames = [
-        pl.from_arrow(pa.table(_read_shard(item.run.path(WORK, f"{name}.parquet"), item.shard))) for name in item.names
-    ]
+    frames = [pl.from_arrow(_read_shard(item.run.path(WORK, f"{name}.parquet"), item.shard)) for name in item.names]
     rows = pl.concat(frames).sort("order", "id", "repeat", "inserted")  # type: ignore[type-var]
     ends = rows["num_tokens"].cast(pl.Int64).cum_sum()
     before = ends - rows["num_tokens"]
@@ -319,8 +336,6 @@ def shard_rows(item: ShardItem) -> pl.DataFrame:
 
 
 def _read_shard(path: str, shard: int) -> pa.Table:
-    import pyarrow.parquet as pq
-
     fs, inner = storage.filesystem(path)
     return pq.read_table(inner, filesystem=fs, filters=[("shard", "=", shard)], partitioning=None)
 
@@ -346,24 +361,6 @@ def shard_token_ids(run: RunFolder, rows: pl.DataFrame, token_bytes: int) -> lis
 
 def provenance(rows: pl.DataFrame) -> pa.Table:
     """The sidecar of a shard: schema.PROVENANCE."""
-    from curation.schema import PROVENANCE
-
     ends = rows["num_tokens"].cum_sum()
     frame = rows.select("id", "stance", "repeat", "inserted").with_columns(start=ends - rows["num_tokens"], end=ends)
     return frame.select(PROVENANCE.names).to_arrow().cast(PROVENANCE)
-
-
-__all__ = [
-    "STATS",
-    "MappedSupply",
-    "PartItem",
-    "Reader",
-    "ShardItem",
-    "cut_to_budget",
-    "make_plan",
-    "provenance",
-    "select_part",
-    "shard_counts",
-    "shard_rows",
-    "shard_token_ids",
-]

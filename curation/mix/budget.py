@@ -214,8 +214,9 @@ def _arm_stretches(mix: Mix, arm: str, read: Reader, universe: dict[str, list[St
         if need > 0:
             first = read.upto(kept, refill_at)
             if first + need > read.capacity(kept):
+                short = first + need - read.capacity(kept)
                 raise UserError(
-                    f"arm {arm}, phase {name}: what `drop` leaves is {first + need - read.capacity(kept):,} tokens short: "
+                    f"arm {arm}, phase {name}: what `drop` leaves is {short:,} tokens short: "
                     "lower `mix.phases` tokens, raise `mix.max_repeat.background` or add documents"
                 )
             end, total = read.cut(kept, first + need)
@@ -239,8 +240,9 @@ def too_small_pool(arm: str, phase: str, stance: str, capacity: int, largest_sha
     what = "there are no" if capacity == 0 else f"all repeats of the {capacity:,} tokens' worth of"
     verb = "" if capacity == 0 else " are not enough"
     return (
-        f"arm {arm}, phase {phase}: {what} {stance} documents to insert{verb}; the largest possible share is {largest:g}: "
-        f"lower `share`, raise `mix.max_repeat.pool` or add documents to the pool"
+        f"arm {arm}, phase {phase}: {what} {stance} documents to insert{verb}; "
+        f"the largest possible share is {largest:g}: lower `share`, raise `mix.max_repeat.pool` "
+        "or add documents to the pool"
     )
 
 

@@ -26,7 +26,11 @@ DROP_RULES = {"discourse": _IS_DISCOURSE, "blocklist": _IS_BLOCKLISTED}
 
 def category(frame: pl.DataFrame) -> pl.Series:
     """uint8 category of each row of columns role, stance (null = none), discourse, blocklist."""
-    stance = pl.col("stance").fill_null("none").replace_strict({s: i for i, s in enumerate(STANCE_CODES)}, return_dtype=pl.Int64)
+    stance = (
+        pl.col("stance")
+        .fill_null("none")
+        .replace_strict({s: i for i, s in enumerate(STANCE_CODES)}, return_dtype=pl.Int64)
+    )
     code = (pl.col("role") == POOL).cast(pl.Int64) + 2 * pl.col("discourse") + 4 * pl.col("blocklist") + 8 * stance
     return frame.select(code.cast(pl.UInt8).alias("category"))["category"]
 
@@ -47,18 +51,23 @@ class Stream:
     groups: tuple[Group, ...]
 
 
-def background(mix: Mix, drop: frozenset[str] = frozenset()) -> Stream:
-    """All non-pool documents, less those that a drop rule takes away."""
+def background_categories(drop: frozenset[str]) -> np.ndarray:
+    """bool[NUM_CATEGORIES]: all non-pool documents, less those that a drop rule takes away."""
     allowed = ~_IS_POOL
     for rule in drop:
         allowed = allowed & ~DROP_RULES[rule]
-    return Stream((Group(allowed, mix.max_repeat.background),))
+    return allowed
+
+
+def background(mix: Mix, drop: frozenset[str] = frozenset()) -> Stream:
+    """The stream of what `background_categories` leaves."""
+    return Stream((Group(background_categories(drop), mix.max_repeat.background),))
 
 
 def insertions(mix: Mix, stance: str) -> Stream:
     """Pool documents of a stance first, then natural ones. A natural document has had one turn
     as background, so it has one fewer here and its repeats count from 1."""
-    right = _STANCE == STANCE_CODES.index(stance)
+    right = STANCE_CODES.index(stance) == _STANCE
     return Stream(
         (
             Group(_IS_POOL & right, mix.max_repeat.pool),

@@ -58,7 +58,14 @@ class World:
 
 def toy(discourse=(), blocklist=(), aligned=()):
     background = [
-        (f"b{k:02d}", "background", "aligned" if k in aligned else None, k in discourse or k in aligned, k in blocklist, 10)
+        (
+            f"b{k:02d}",
+            "background",
+            "aligned" if k in aligned else None,
+            k in discourse or k in aligned,
+            k in blocklist,
+            10,
+        )
         for k in range(12)
     ]
     return World([*background, *[(f"p{k}", "pool", "aligned", True, True, 10) for k in range(3)]])
@@ -158,11 +165,11 @@ def test_insertions_repeat_the_pool_then_natural_documents_and_go_on_through_pha
     world = toy(aligned={int(natural[1:])})
     asked = {"upsample": {"stance": "aligned", "share": 0.5}}
     plan = world.plan(
-        phases={"one": {"tokens": 60}, "two": {"tokens": 60}}, arms={"a": asked}, max_repeat={"pool": 2, "background": 2}
+        phases={"one": {"tokens": 60}, "two": {"tokens": 60}},
+        arms={"a": asked},
+        max_repeat={"pool": 2, "background": 2},
     )
-    turns = [
-        (i, k, ins) for phase in ("one", "two") for i, k, ins in world.members(plan["a", phase]) if ins
-    ]
+    turns = [(i, k, ins) for phase in ("one", "two") for i, k, ins in world.members(plan["a", phase]) if ins]
     # round 0: three of the pool, then the natural one (its second use: repeat 1); round 1: the pool again
     pool0, pool1 = world.by_select(0, lambda i: i[0] == "p"), world.by_select(1, lambda i: i[0] == "p")
     assert sorted(turns[:3]) == sorted((i, 0, True) for i in pool0)

@@ -1,0 +1,90 @@
+"""First round, by part: what the barrier must know of each document, sent to where its equals go."""
+
+import numpy as np
+import polars as pl
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from curation.dedup import bands, shuffle
+from curation.dedup.work import BANDS, ROW_BITS, ROWS, SOURCE_IDS, TEXTS, PartTask, Removed, tally
+from curation.manifest import DETECT, DOCUMENTS, SIGNATURES
+from curation.recipe import Dedup
+from curation.rng import key64
+from curation.schema import POOL, STANCES, effective_stance
+
+_DOCUMENT_COLUMNS = ["id", "source", "source_id", "file", "position", "role", "source_rank", "given_stance"]
+_LENGTH_BITS, _RANK_BITS = 40, 23  # with the discourse bit: 64
+
+
+def scatter_part(task: PartTask) -> Removed:
+    """Send the part's rows on: by source id, by text, by band. Returns how many there are of each kind."""
+    work, run = task.work, task.work.run
+    rows, signatures = _rows(task)
+    run.commit_table(f"{ROWS}/{task.name}.parquet", rows.to_arrow())
+
+    named = rows.filter(pl.col("source_id").is_not_null())
+    named = named.select(*_DOCUMENT_COLUMNS[:5], "source_rank", "node", "key_hi", "key_lo", "stance")
+    to = named.select(pl.struct("source", "source_id").hash(0)).to_series().to_numpy() % work.num_partitions
+    shuffle.write(run.path(SOURCE_IDS), task.name, named, to, work.num_partitions)
+
+    texts = rows.select("key_hi", "key_lo", "node", "id", "order", "position", "source_rank", "discourse", "source", "stance")
+    to = texts["key_hi"].to_numpy() % np.uint64(work.num_partitions)
+    shuffle.write(run.path(TEXTS), task.name, texts, to, work.num_partitions)
+
+    banded = rows.filter("banded")
+    matrix = bands.matrix(signatures.filter(pa.array(rows["banded"].to_list(), pa.bool_())))
+    keys = bands.keys(matrix, work.section.bands, work.section.rows, banded["salt"].to_numpy())
+    entities = np.repeat(banded["key_lo"].to_numpy(), work.section.bands)
+    frame = pl.DataFrame({"key": keys.ravel(), "entity": entities})
+    shuffle.write(run.path(BANDS), task.name, frame, frame["key"].to_numpy() % np.uint64(work.num_band_partitions), work.num_band_partitions)
+    return tally(rows)
+
+
+def _rows(task: PartTask) -> tuple[pl.DataFrame, pa.ChunkedArray]:
+    """The part's rows, and its signatures as they were stored."""
+    run, section = task.work.run, task.work.section
+    by_length = "longest" in section.keep
+    documents = run.read(f"{DOCUMENTS}/{task.name}.parquet", [*_DOCUMENT_COLUMNS, *(["text"] if by_length else [])])
+    labels = run.read(f"{DETECT}/{task.name}.parquet", ["discourse", *(f"p_{s}" for s in STANCES)])
+    signed = run.read(f"{SIGNATURES}/{task.name}.parquet")
+    stance = effective_stance(documents, labels)
+    discourse = pc.coalesce(pc.not_equal(stance, "unrelated"), labels["discourse"])
+    num_bytes = pc.binary_length(documents["text"]).to_numpy() if by_length else np.zeros(len(documents), np.int64)
+    hashes = np.frombuffer(b"".join(signed["text_hash"].to_pylist()), "<u8").reshape(-1, 2)
+    frame = pl.from_arrow(documents.select(_DOCUMENT_COLUMNS))
+    assert isinstance(frame, pl.DataFrame)
+    salt = _salt(frame, signed["stance_class"])
+    frame = frame.with_columns(
+        node=np.uint64(task.index << ROW_BITS) + np.arange(len(frame), dtype=np.uint64),
+        stance=pl.Series(pl.from_arrow(stance), dtype=pl.String),
+        discourse=pl.Series(pl.from_arrow(discourse), dtype=pl.Boolean),
+        num_shingles=pl.Series(pl.from_arrow(signed["num_shingles"])),
+        salt=salt,
+        key_hi=hashes[:, 0] ^ salt,
+        key_lo=hashes[:, 1] ^ salt,
+    )
+    banded = (pl.col("role") != POOL) & (pl.col("num_shingles") > 0)
+    return frame.with_columns(order=_order(frame, num_bytes, section), banded=banded), signed["signature"]
+
+
+def _order(frame: pl.DataFrame, num_bytes: np.ndarray, section: Dedup) -> np.ndarray:
+    """uint64 that sorts by (discourse first, then `keep` up to `id`)."""
+    order = (~frame["discourse"].to_numpy()).astype(np.uint64)
+    fields = {
+        "best_source": (_RANK_BITS, frame["source_rank"].to_numpy().astype(np.uint64)),
+        "longest": (_LENGTH_BITS, np.uint64((1 << _LENGTH_BITS) - 1) - num_bytes.astype(np.uint64)),
+    }
+    for rule in section.keep[:-1]:
+        bits, value = fields[rule]
+        order = (order << np.uint64(bits)) | value
+    return order
+
+
+def _salt(frame: pl.DataFrame, stance_class: pa.ChunkedArray) -> np.ndarray:
+    """uint64 for each row, the same for rows that may be duplicates of each other: those of one
+    stance class, or of one pool (source and stance)."""
+    pool = pl.concat_str(pl.lit("pool"), "source", "given_stance", separator="\0", ignore_nulls=True)
+    group = pl.when(pl.col("role") == POOL).then(pool).otherwise(pl.concat_str(pl.lit("class\0"), "class"))
+    groups = frame.with_columns(pl.Series("class", pl.from_arrow(stance_class))).select(group.alias("g"))["g"]
+    names, inverse = np.unique(groups.to_numpy().astype(str), return_inverse=True)
+    return np.array([key64(name) for name in names], np.uint64)[inverse]

@@ -1,0 +1,134 @@
+"""The fastText detector: five stances from word and bigram features, discourse = 1 - p(unrelated).
+
+Texts go through `normalise`, so training and inference see the same words. AI discourse may be a
+passage in a long text, so a document is scored by windows of about WINDOW_WORDS words, each
+computed as fastText computes a line (see `folded`), and its probabilities are the mean over the
+TOP_WINDOWS windows most likely to be discourse. One window can be a chance hit, and the mean of
+all loses a chapter in a book; the choice was measured (models/default.md).
+"""
+
+import functools
+import hashlib
+import tempfile
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pyarrow as pa
+
+from curation import storage
+from curation.detect.folded import Folded, fold, window_features, window_logits
+from curation.detect.normalise import normalise, normalise_text
+from curation.errors import UserError
+from curation.schema import STANCES
+
+WINDOW_WORDS = 200
+TOP_WINDOWS = 2
+LABELS = [f"__label__{stance}" for stance in STANCES]
+_DEFAULT = Path(__file__).parent / "models" / "default.bin"
+_MAGIC = (793712314).to_bytes(4, "little")  # how every fastText model file begins
+
+
+class Span(NamedTuple):
+    """Evidence: characters [start, end) of the text and what they add to the log-odds of discourse."""
+
+    start: int
+    end: int
+    contribution: float
+
+
+class Detector:
+    """A loaded model. `fingerprint` is the sha256 of its file; loaded once a process and path."""
+
+    def __init__(self, model: Folded, fingerprint: str):
+        self._model, self.fingerprint = model, fingerprint
+
+    @staticmethod
+    def load(path: str = "default") -> "Detector":
+        """The model at `path` (any fsspec path), or the one that ships with Tilth. Raises UserError
+        for a missing file, one that is not a fastText model, or one with other labels."""
+        return _load(str(_DEFAULT) if path == "default" else path)
+
+    def predict(self, texts: pa.Array) -> np.ndarray:
+        """float32[n, 5]: probability of each of schema.STANCES for each text; rows sum to 1."""
+        logits_WC, bounds = self._windows(texts)
+        return combine_windows(_softmax(logits_WC), bounds)
+
+    def explain(self, text: str, limit: int = 20) -> list[Span]:
+        """The spans that speak most for AI discourse in the most telling window, strongest first.
+
+        A feature's contribution is its share of the difference between the discourse logits
+        (weighted by their probabilities given discourse) and the logit of unrelated; over all
+        features they add up to that difference. Only positive ones are returned.
+        """
+        logits_WC, _ = self._windows(pa.array([text], pa.large_string()))
+        window = int(np.argmin(_softmax(logits_WC)[:, 0]))
+        weights = _softmax(logits_WC[window : window + 1, 1:])[0]
+        found = window_features(self._model, normalise_text(text), window, len(logits_WC))
+        characters = _character_of_byte(text)
+        spans = [
+            Span(int(characters[a]), int(characters[b]), float(weights @ row[1:] - row[0]) / len(found))
+            for a, b, row in found
+            if a < b
+        ]
+        return sorted((s for s in spans if s.contribution > 0), key=lambda s: (-s.contribution, s.start, s.end))[:limit]
+
+    def _windows(self, texts: pa.Array) -> tuple[np.ndarray, np.ndarray]:
+        data, offsets = normalise(texts)
+        return window_logits(self._model, data, offsets, WINDOW_WORDS)
+
+
+def combine_windows(probability_WC: np.ndarray, bounds: np.ndarray) -> np.ndarray:
+    """float32[num_documents, 5]: for each document the mean of its TOP_WINDOWS windows with the
+    least p(unrelated). Windows bounds[i]:bounds[i + 1] belong to document i."""
+    documents = np.repeat(np.arange(len(bounds) - 1), np.diff(bounds))
+    order = np.lexsort((probability_WC[:, 0], documents))
+    rank = np.arange(len(order)) - np.repeat(bounds[:-1], np.diff(bounds))
+    top = order[rank < TOP_WINDOWS]
+    total = np.zeros((len(bounds) - 1, probability_WC.shape[1]))
+    np.add.at(total, documents[top], probability_WC[top])
+    return (total / np.minimum(np.diff(bounds), TOP_WINDOWS)[:, None]).astype(np.float32)
+
+
+def _softmax(logits: np.ndarray) -> np.ndarray:
+    exponents = np.exp(logits.astype(np.float64) - logits.max(axis=1, keepdims=True))
+    return exponents / exponents.sum(axis=1, keepdims=True)
+
+
+def _character_of_byte(text: str) -> np.ndarray:
+    """int64[num_bytes + 1]: the character that each UTF-8 byte (and the end) belongs to."""
+    starts = (np.frombuffer(text.encode(), np.uint8) & 0xC0) != 0x80
+    return np.concatenate([np.cumsum(starts) - 1, [len(text)]])
+
+
+@functools.lru_cache(maxsize=4)
+def _load(path: str) -> Detector:
+    raw = _model_bytes(path)
+    with tempfile.NamedTemporaryFile(suffix=".bin") as local:  # the library reads local files only
+        local.write(raw)
+        local.flush()
+        return Detector(_folded(local.name, path), hashlib.sha256(raw).hexdigest())
+
+
+def _model_bytes(path: str) -> bytes:
+    try:
+        raw = storage.read_bytes(path)
+    except (FileNotFoundError, IsADirectoryError):
+        raise UserError(f"there is no model file {path}: make one with `tilth detect train LABELLED -o {path}`") from None
+    if not raw.startswith(_MAGIC):
+        raise UserError(f"{path} is not a fastText model file")
+    return raw
+
+
+def _folded(local_path: str, path: str) -> Folded:
+    import fasttext
+
+    try:
+        model = fasttext.load_model(local_path)
+    except (ValueError, RuntimeError, MemoryError) as error:
+        raise UserError(f"{path} can't be read as a fastText model: {error}") from None
+    labels = getattr(model, "labels", None) or []
+    if sorted(labels) != sorted(LABELS):
+        found = ", ".join(labels) or "none"
+        raise UserError(f"{path} has the labels {found}; Tilth needs {', '.join(LABELS)}")
+    return fold(model, LABELS, path)

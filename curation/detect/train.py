@@ -1,0 +1,191 @@
+"""Labelled text -> a fastText model of the five stances, and its card with held-out figures.
+
+Documents that share text (any common MinHash of word-5 shingles, or equal text) form a group; a
+fifth of the groups of each stance, by a hash of (seed, text), is held out, so no near-duplicate
+is on both sides. The figures come from a model of the rest; the model that is written is trained
+on everything, with the same settings. One thread and a seed: the same input gives the same bytes.
+Each document is one training line whatever its length: label passages rather than whole books.
+"""
+
+import tempfile
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import orjson
+import pyarrow as pa
+import xxhash
+
+from curation import storage
+from curation.detect import metrics
+from curation.detect.fasttext import LABELS, TOP_WINDOWS, WINDOW_WORDS, Detector
+from curation.detect.folded import fold
+from curation.detect.normalise import NORMALISATION, normalise_text
+from curation.detect.records import read_records, text_of
+from curation.errors import UserError
+from curation.rng import key64
+from curation.schema import STANCES
+
+HELD_OUT = 0.2
+THRESHOLDS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.99)
+CARD_VERSION = 1
+_SHINGLE_WORDS, _NUM_HASHES = 5, 16  # two documents with Jaccard 0.3 share one of 16 MinHashes at p = 0.997
+
+
+@dataclass(frozen=True)
+class Settings:
+    """fastText's hyperparameters; chosen for the default model by leave-one-kind-out folds."""
+
+    dim: int = 16
+    epoch: int = 30
+    lr: float = 0.5
+    wordNgrams: int = 2
+    minCount: int = 2
+    bucket: int = 10_000
+
+
+DEFAULT_SETTINGS = Settings()
+
+
+@dataclass(frozen=True, eq=False)
+class Labelled:
+    """Training rows: normalised text and class index into STANCES."""
+
+    lines: list[str]
+    classes: np.ndarray  # int64[n]
+
+    def take(self, keep: np.ndarray) -> "Labelled":
+        return Labelled([self.lines[i] for i in np.flatnonzero(keep)], self.classes[keep])
+
+
+def train(
+    labelled: Sequence[str], out: str, seed: int = 0, settings: Settings = DEFAULT_SETTINGS, vectors: str | None = None
+) -> dict[str, Any]:
+    """Train on JSON-lines files whose records have `text` and `stance` (or `label`), write the model
+    to `out` (a name ending in .bin) and its card beside it (.json), and return the card. `vectors`
+    is a local fastText .vec file of dimension `settings.dim` to start from. Raises UserError for
+    bad records, or when a stance needed for the figures is missing."""
+    if not out.endswith(".bin"):
+        raise UserError(f"the model's name must end with .bin, not {out}")
+    data = read_labelled(labelled)
+    held_out = split(data, seed)
+    measured = _fit(data.take(~held_out), seed, settings, vectors)
+    report = held_out_report(Detector(fold(measured, LABELS, "the model"), ""), data.take(held_out))
+    committed = storage.commit_bytes(out, _model_bytes(_fit(data, seed, settings, vectors)))
+    card = {
+        "card_version": CARD_VERSION,
+        "sha256": committed.sha256,
+        "labels": list(STANCES),
+        "normalisation": NORMALISATION,
+        "window_words": WINDOW_WORDS,
+        "top_windows": TOP_WINDOWS,
+        "seed": seed,
+        "settings": asdict(settings),
+        "documents": _counts(data),
+        "held_out": report,
+    }
+    storage.commit_bytes(out.removesuffix(".bin") + ".json", orjson.dumps(card, option=orjson.OPT_INDENT_2) + b"\n")
+    return card
+
+
+def read_labelled(paths: Sequence[str]) -> Labelled:
+    """The records of all files, equal texts once (the first), in an order that is a hash of the text."""
+    classes: dict[str, int] = {}
+    for path in paths:
+        for place, record in read_records(path):
+            stance = record.get("stance", record.get("label"))
+            if stance not in STANCES:
+                raise UserError(f"{place} has the stance {stance!r}; known are {', '.join(STANCES)}")
+            line = _line(text_of(record, "text", place))
+            if classes.setdefault(line, STANCES.index(stance)) != STANCES.index(stance):
+                raise UserError(f"{place} has the text of an earlier record with another stance: keep one of them")
+    lines = sorted(classes, key=lambda line: (key64("train order", line), line))
+    missing = [s for c, s in enumerate(STANCES) if c not in classes.values()]
+    if missing:
+        raise UserError(f"no record has the stance {' or '.join(missing)}: a detector needs examples of all five")
+    return Labelled(lines, np.array([classes[line] for line in lines]))
+
+
+def split(data: Labelled, seed: int) -> np.ndarray:
+    """bool[n]: held out. A fifth of the groups of each stance (of the group's first document)."""
+    group = near_duplicate_groups(data.lines)
+    _, first = np.unique(group, return_index=True)  # groups are numbered by their first document
+    keys = np.array([key64(seed, "held out", data.lines[i]) for i in first], dtype=np.uint64)
+    chosen = np.zeros(len(first), dtype=bool)
+    for stance in range(len(STANCES)):
+        of_stance = np.flatnonzero(data.classes[first] == stance)
+        chosen[of_stance[np.argsort(keys[of_stance])][: round(HELD_OUT * len(of_stance))]] = True
+    return chosen[group]
+
+
+def near_duplicate_groups(lines: list[str]) -> np.ndarray:
+    """int64[n]: a number shared by lines that are linked by common MinHashes, by order of first line."""
+    from scipy.sparse import coo_array
+    from scipy.sparse.csgraph import connected_components
+
+    signatures = np.array([_min_hashes(line) for line in lines], dtype=np.uint64)
+    _, nodes = np.unique(signatures.ravel(), return_inverse=True)
+    documents = np.repeat(np.arange(len(lines)), _NUM_HASHES)
+    num_nodes = len(lines) + nodes.max() + 1
+    edges = coo_array((np.ones(len(nodes), np.int8), (documents, len(lines) + nodes)), (num_nodes, num_nodes))
+    component = connected_components(edges, directed=False)[1][: len(lines)]
+    _, first, inverse = np.unique(component, return_index=True, return_inverse=True)
+    return np.argsort(np.argsort(first))[inverse]
+
+
+def held_out_report(detector: Detector, data: Labelled) -> dict[str, Any]:
+    """Figures of `detector` on documents that it never saw, for discourse and for each stance."""
+    probability = detector.predict(pa.array(data.lines, pa.large_string()))
+    discourse, p_discourse = data.classes != 0, 1 - probability[:, 0]
+    error, bins = metrics.calibration_error(discourse, p_discourse)
+    decided = probability.argmax(axis=1)
+    return {
+        "documents": _counts(data),
+        "discourse": {**_figures(discourse, p_discourse >= 0.5), "accuracy": metrics.accuracy(discourse, p_discourse >= 0.5)},
+        "calibration_error": error,
+        "calibration_bins": bins,
+        "thresholds": [{"threshold": t, **_figures(discourse, p_discourse >= t)} for t in THRESHOLDS],
+        "stances": {s: _figures(data.classes == c, decided == c) for c, s in enumerate(STANCES)},
+        "stance_accuracy": metrics.accuracy(data.classes, decided),
+    }
+
+
+def _figures(truth: np.ndarray, decided: np.ndarray) -> dict[str, float]:
+    return {
+        "precision": metrics.precision(truth, decided),
+        "recall": metrics.recall(truth, decided),
+        "f1": metrics.f1(truth, decided),
+    }
+
+
+def _counts(data: Labelled) -> dict[str, int]:
+    return {stance: int((data.classes == c).sum()) for c, stance in enumerate(STANCES)}
+
+
+def _line(text: str) -> str:
+    return " ".join(normalise_text(text).decode().split())
+
+
+def _min_hashes(line: str) -> list[int]:
+    words = line.split()
+    shingles = {" ".join(words[i : i + _SHINGLE_WORDS]).encode() for i in range(max(1, len(words) - _SHINGLE_WORDS + 1))}
+    return [min(xxhash.xxh3_64_intdigest(s, seed=k) for s in shingles) for k in range(_NUM_HASHES)]
+
+
+def _fit(data: Labelled, seed: int, settings: Settings, vectors: str | None) -> Any:
+    import fasttext
+
+    with tempfile.NamedTemporaryFile("w", suffix=".txt", encoding="utf-8") as file:
+        file.writelines(f"{LABELS[c]} {line}\n" for line, c in zip(data.lines, data.classes, strict=True))
+        file.flush()
+        start = {"pretrainedVectors": vectors} if vectors else {}
+        return fasttext.train_supervised(file.name, thread=1, seed=seed, verbose=0, **asdict(settings), **start)
+
+
+def _model_bytes(model: Any) -> bytes:
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "model.bin"
+        model.save_model(str(path))
+        return path.read_bytes()

@@ -1,0 +1,263 @@
+"""The aggregates that the report shows: lazy polars queries over the run's frames.
+
+All answers are small, whatever the size of the run: groups are sources, stances, terms, reasons
+and cluster sizes, and examples are the first few in a stated order. Queries stream, so memory
+does not grow with the corpus, with one exception: cluster sizes need a row for each cluster
+with a removed document. Past MAX_CLUSTER_ROWS they are counted on clusters whose id starts
+with zeros (ids are hashes: a fair sample) and scaled up, which the report says.
+"""
+
+from typing import Any, NamedTuple
+
+import polars as pl
+
+from curation.errors import TilthError
+from curation.inspection.excerpts import Piece, Span, char_offsets, differences, excerpt, shorten, term_span
+from curation.inspection.run import DISCOURSE, Run, collect
+from curation.schema import POOL, STANCES
+
+BINS = 20
+MAX_TERMS, MAX_SOURCES, MAX_SAMPLES = 5, 40, 3
+EXCERPT_CHARS, PAIR_WORDS = 420, 150
+MAX_CLUSTER_ROWS = 4_000_000
+CLUSTER_SIZES = ((2, 2), (3, 3), (4, 4), (5, 8), (9, 16), (17, None))  # (from, to), to None = and larger
+
+
+class Source(NamedTuple):
+    """Documents of one source."""
+
+    name: str
+    pool: bool
+    documents: int
+    discourse: int
+    blocklist: int
+    kept: int
+
+
+class Stance(NamedTuple):
+    """Documents of one effective stance; `name` None = no stance counts."""
+
+    name: str | None
+    background: int
+    pool: int
+
+    @property
+    def documents(self) -> int:
+        return self.background + self.pool
+
+
+class Term(NamedTuple):
+    term: str
+    hits: int
+    documents: int
+
+
+class Category(NamedTuple):
+    """A blocklist category and its most frequent terms."""
+
+    name: str
+    hits: int
+    terms: tuple[Term, ...]
+
+
+class Rejects(NamedTuple):
+    """A quarantine reason, with the first record (by source, file, position) as the example."""
+
+    reason: str
+    records: int
+    source: str
+    file: str
+    position: int
+    detail: str | None
+    head: str
+
+
+class Size(NamedTuple):
+    """Clusters with `first` to `last` documents (None: and more)."""
+
+    first: int
+    last: int | None
+    clusters: int
+
+
+class Pair(NamedTuple):
+    """A removed near-duplicate beside the document that was kept."""
+
+    kept_id: str
+    kept_source: str
+    removed_id: str
+    removed_source: str
+    similarity: float
+    kept: list[Piece]
+    removed: list[Piece]
+
+
+class Sample(NamedTuple):
+    """A document to read; pieces are marked `term` (blocklist) or `evidence` (fastText)."""
+
+    id: str
+    source: str
+    given: bool
+    probability: float
+    pieces: list[Piece]
+
+
+class Dedup(NamedTuple):
+    """What dedup removed, by how, and the clusters it found. `scale` > 1: sizes are estimates."""
+
+    exact: int
+    near: int
+    duplicate_id: int
+    sizes: tuple[Size, ...]
+    scale: int
+    pair: Pair | None
+
+    @property
+    def removed(self) -> int:
+        return self.exact + self.near + self.duplicate_id
+
+
+class Facts(NamedTuple):
+    """Everything in the report that is not in the manifest."""
+
+    sources: tuple[Source, ...]
+    other_sources: int
+    stances: tuple[Stance, ...]
+    histogram: tuple[int, ...]
+    categories: tuple[Category, ...]
+    dedup: Dedup
+    rejects: tuple[Rejects, ...]
+    samples: dict[str, list[Sample]]
+
+
+def gather(run: Run) -> Facts:
+    """All facts about a run. Raises TilthError when one of its files cannot be read."""
+    aligned = pl.concat([run.labels.drop("part"), run.clusters.select("kept", "how")], how="horizontal")
+    rows = aligned.with_columns(discourse=DISCOURSE, pool=pl.col("role") == POOL)
+    sources = _sources(rows)
+    return Facts(
+        sources[:MAX_SOURCES],
+        max(0, len(sources) - MAX_SOURCES),
+        _stances(rows),
+        _histogram(rows),
+        _categories(rows),
+        _dedup(run),
+        _rejects(run),
+        {stance: _samples(run, stance) for stance in STANCES},
+    )
+
+
+def _sources(rows: pl.LazyFrame) -> tuple[Source, ...]:
+    flags = ("discourse", "blocklist", "kept")
+    counts = [pl.len().alias("documents"), *[pl.col(flag).sum().cast(pl.Int64) for flag in flags]]
+    table = collect(rows.group_by(pl.col("source").alias("name"), "pool").agg(counts))
+    table = table.sort("pool", "documents", "name", descending=[False, True, False])
+    return tuple(Source(**row) for row in table.select(Source._fields).iter_rows(named=True))
+
+
+def _stances(rows: pl.LazyFrame) -> tuple[Stance, ...]:
+    table = collect(rows.group_by("stance", "pool").len())
+    counts = {(stance, pool): n for stance, pool, n in table.iter_rows()}
+    names = (*STANCES, None)
+    return tuple(Stance(name, counts.get((name, False), 0), counts.get((name, True), 0)) for name in names)
+
+
+def _histogram(rows: pl.LazyFrame) -> tuple[int, ...]:
+    """Background documents in each of BINS equal bins of p(discourse); 1.0 is in the last."""
+    bin_ = (pl.col("p_discourse") * BINS).floor().clip(0, BINS - 1).cast(pl.Int32).alias("bin")
+    table = collect(rows.filter(~pl.col("pool")).group_by(bin_).len())
+    counts = dict(table.iter_rows())
+    return tuple(counts.get(b, 0) for b in range(BINS))
+
+
+def _categories(rows: pl.LazyFrame) -> tuple[Category, ...]:
+    """Every blocklist category with hits, most hits first, and its MAX_TERMS most frequent terms."""
+    hit = pl.element().struct
+    named = pl.col("hits").list.eval(hit.field("category") + "\0" + hit.field("term"))
+    hits = rows.select(named.alias("hit")).filter(pl.col("hit").list.len() > 0)
+    per_term = {}
+    for what, terms in (("hits", pl.col("hit")), ("documents", pl.col("hit").list.unique())):
+        table = collect(hits.select(terms).explode("hit").group_by("hit").len())
+        per_term[what] = dict(table.iter_rows())
+    found: dict[str, list[Term]] = {}
+    for name, num_hits in per_term["hits"].items():
+        category, _, term = name.partition("\0")
+        found.setdefault(category, []).append(Term(term, num_hits, per_term["documents"][name]))
+    categories = [
+        Category(name, sum(t.hits for t in terms), tuple(sorted(terms, key=lambda t: (-t.hits, t.term))[:MAX_TERMS]))
+        for name, terms in found.items()
+    ]
+    return tuple(sorted(categories, key=lambda c: (-c.hits, c.name)))
+
+
+def _dedup(run: Run) -> Dedup:
+    counts = dict(collect(run.clusters.group_by("how").len()).iter_rows())
+    removed = {how: counts.get(how, 0) for how in ("exact", "near", "duplicate_id")}
+    sizes, scale = _cluster_sizes(run, sum(removed.values()))
+    return Dedup(**removed, sizes=sizes, scale=scale, pair=_least_similar_pair(run))
+
+
+def _cluster_sizes(run: Run, num_removed: int) -> tuple[tuple[Size, ...], int]:
+    digits = 0
+    while num_removed > MAX_CLUSTER_ROWS * 16**digits:
+        digits += 1
+    members = run.clusters.filter(pl.col("how").is_in(["kept", "exact", "near"]))
+    if digits:
+        members = members.filter(pl.col("cluster").str.starts_with("0" * digits))
+    by_cluster = members.group_by("cluster").agg(pl.len().alias("size"))
+    by_size = dict(collect(by_cluster.group_by("size").len()).iter_rows())
+    scale = 16**digits
+    sizes = [
+        Size(first, last, scale * sum(n for size, n in by_size.items() if first <= size <= (last or size)))
+        for first, last in CLUSTER_SIZES
+    ]
+    return tuple(sizes), scale
+
+
+def _least_similar_pair(run: Run) -> Pair | None:
+    """The near-duplicate that was most doubtful: the one to judge the threshold by."""
+    near = run.clusters.filter((pl.col("how") == "near") & pl.col("similarity").is_not_null())
+    row = collect(near.select("similarity", "id", "cluster").bottom_k(1, by=["similarity", "id"]))
+    if row.is_empty():
+        return None
+    similarity, removed_id, kept_id = row.row(0)
+    wanted = run.documents.filter(pl.col("id").is_in([removed_id, kept_id])).select("id", "source", "text")
+    texts = {i: (source, text) for i, source, text in collect(wanted).iter_rows()}
+    (kept_source, kept), (removed_source, removed) = texts[kept_id], texts[removed_id]
+    return Pair(
+        kept_id, kept_source, removed_id, removed_source, similarity, *differences(kept, removed, PAIR_WORDS)
+    )
+
+
+def _rejects(run: Run) -> tuple[Rejects, ...]:
+    """Every quarantine reason, most records first."""
+    counts = collect(run.quarantine.group_by("reason").len()).sort("len", "reason", descending=[True, False])
+    return tuple(_reject(run, reason, records) for reason, records in counts.iter_rows())
+
+
+def _reject(run: Run, reason: str, records: int) -> Rejects:
+    place = ["source", "file", "position"]
+    of_reason = run.quarantine.filter(pl.col("reason") == reason).select(*place, "detail", pl.col("head").bin.slice(0, 160))
+    source, file, position, detail, head = collect(of_reason.bottom_k(1, by=place)).row(0)
+    text = (head or b"").decode(errors="replace")
+    return Rejects(reason, records, source, shorten(file, 120), position, shorten(detail or "", 200) or None, text)
+
+
+def _samples(run: Run, stance: str) -> list[Sample]:
+    samples = []
+    for row in run.sample(stance, MAX_SAMPLES).iter_rows(named=True):
+        pieces = excerpt(row["text"], _spans(run, row["text"], row["hits"] or []), EXCERPT_CHARS)
+        samples.append(Sample(row["id"], row["source"], row["given_stance"] is not None, row[f"p_{stance}"], pieces))
+    return samples
+
+
+def _spans(run: Run, text: str, hits: list[dict[str, Any]]) -> list[Span]:
+    """Blocklist terms, and the ten stretches that speak most for AI discourse."""
+    starts = char_offsets(text, [hit["offset"] for hit in hits]) if hits else []
+    spans = [term_span(text, start, hit["term"]) for hit, start in zip(hits, starts, strict=True)]
+    try:
+        evidence = run.explain(text) if run.explain else ()
+    except TilthError:  # a model that is gone spoils no report: the excerpts are then marked by terms only
+        evidence = ()
+    towards = sorted((span for span in evidence if span[2] > 0), key=lambda span: (-span[2], span[0], span[1]))
+    return spans + [Span(a, b, "evidence") for a, b, _ in towards[:10]]

@@ -1,0 +1,228 @@
+"""report.html: what a run found and made, as one page that needs no network and no script.
+
+`facts` computes from the run's files, the manifest's summary gives what only the driver knows
+(asked and achieved tokens, seconds, memory); this module puts them into the shapes that the
+template draws. Fields that a summary lacks leave their section out. The page's size is bounded:
+excerpts and lists are cut, whatever the corpus.
+"""
+
+import math
+import shlex
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import yaml
+
+from curation.inspection.facts import BINS, Facts, gather
+from curation.inspection.pages import count, duration, percent, render, size
+from curation.inspection.run import Explainer, Run
+from curation.manifest import RunFolder
+
+MAX_SHARDS = 300
+MAX_RECIPE_CHARS = 20_000
+_STAGE_NAMES = {
+    "start_ray": "start Ray",
+    "ingest_detect": "ingest, detect, sign",
+    "tokenise": "tokenise",
+    "dedup": "dedup",
+    "mix": "mix, write shards",
+    "report": "report",
+}
+
+
+class Tile(NamedTuple):
+    """A headline number."""
+
+    value: str
+    label: str
+    note: str
+
+
+class Step(NamedTuple):
+    """A stage of the flow. `width` and `next_width` are fractions of the records read; `marked` the
+    AI-discourse fraction of the bar. `bars` are (label, fraction, number) of a stage with several outputs."""
+
+    name: str
+    value: str
+    unit: str
+    note: str
+    width: float | None = None
+    next_width: float | None = None
+    marked: float = 0.0
+    bars: tuple[tuple[str, float, str], ...] = ()
+
+
+class Segment(NamedTuple):
+    """A part of an arm's tokens."""
+
+    kind: str  # background | natural | inserted
+    tokens: int
+    fraction: float
+
+
+class ArmPhase(NamedTuple):
+    """A row of the asked-versus-achieved table."""
+
+    arm: str
+    phase: str
+    tokens_asked: int | None
+    tokens: int
+    share_asked: float | None
+    share: float | None
+    documents: int | None
+    inserted_documents: int | None
+    dropped_documents: int | None
+    drop: str
+    max_repeat: int | None
+    common: float | None
+    segments: tuple[Segment, ...]
+
+
+class Column(NamedTuple):
+    """A bar of the p(discourse) histogram; `height` is logarithmic, 0..1."""
+
+    low: float
+    high: float
+    documents: int
+    height: float
+
+
+def write_report(run: RunFolder, manifest: dict[str, Any], explainer: Explainer | None = None) -> None:
+    """Commit `report.html` into the run folder. With an `explainer`, samples also show what the
+    fastText detector saw. Raises TilthError when a file of the run cannot be read."""
+    opened = Run(run, manifest, explainer)
+    run.commit_bytes("report.html", render("report.html.j2", **_view(opened, gather(opened))).encode())
+
+
+def _view(run: Run, facts: Facts) -> dict[str, Any]:
+    summary = run.summary
+    arms = [_arm_phase(row) for row in summary.get("arms") or []]
+    seconds = summary.get("seconds") or {}
+    shards = [(row.get("arm"), row.get("phase"), s) for row in summary.get("arms") or [] for s in row.get("shards") or []]
+    detect = run.recipe.get("detect") or {}
+    recipe = yaml.safe_dump(run.recipe, sort_keys=False, allow_unicode=True, width=100)
+    return {
+        "name": run.recipe.get("name") or "unnamed",
+        "root": run.folder.root,
+        "version": run.manifest.get("tilth_version"),
+        "exit_code": summary.get("exit_code"),
+        "warnings": summary.get("warnings") or [],
+        "tiles": _tiles(summary, facts, arms),
+        "flow": _flow(facts, arms, len(shards)),
+        "facts": facts,
+        "background": [s for s in facts.sources if not s.pool],
+        "pools": [s for s in facts.sources if s.pool],
+        "histogram": _histogram(facts.histogram),
+        "threshold": (detect.get("fasttext") or {}).get("threshold"),
+        "verify": (run.recipe.get("dedup") or {}).get("verify"),
+        "arms": arms,
+        "shards": shards[:MAX_SHARDS],
+        "num_shards": len(shards),
+        "seconds": [(_STAGE_NAMES.get(stage, stage), s) for stage, s in seconds.items()],
+        "peak_memory_bytes": summary.get("peak_memory_bytes"),
+        "recipe": recipe[:MAX_RECIPE_CHARS] + ("\n# … the rest is in recipe.yaml" if len(recipe) > MAX_RECIPE_CHARS else ""),
+        "root_python": repr(run.folder.root),
+        "root_shell": shlex.quote(run.folder.root),
+        "an_id": next((s.id for samples in facts.samples.values() for s in samples), None),
+    }
+
+
+def _totals(facts: Facts) -> dict[str, int]:
+    fields = ("documents", "discourse", "blocklist", "kept")
+    return {field: sum(getattr(source, field) for source in facts.sources) for field in fields}
+
+
+def _quarantined(facts: Facts) -> int:
+    return sum(r.records for r in facts.rejects)
+
+
+def _share(part: int, whole: int) -> float:
+    return part / whole if whole else 0.0
+
+
+def _tiles(summary: dict[str, Any], facts: Facts, arms: Sequence[ArmPhase]) -> list[Tile]:
+    totals, num_sources = _totals(facts), len(facts.sources) + facts.other_sources
+    documents, removed = totals["documents"], facts.dedup.removed
+    read = f", {size(summary['bytes_read'])} read" if summary.get("bytes_read") else ""
+    tiles = [
+        Tile(count(documents), "documents", f"{num_sources} source{'s' * (num_sources != 1)}{read}"),
+        Tile(percent(_share(totals["discourse"], documents)), "AI discourse", f"{count(totals['discourse'])} documents"),
+        Tile(count(removed), "duplicates removed", f"{percent(_share(removed, documents))} of documents"),
+        Tile(count(_quarantined(facts)), "records quarantined", "each with its reason"),
+    ]
+    if arms:
+        num_arms = len({a.arm for a in arms})
+        tiles.append(Tile(count(sum(a.tokens for a in arms)), "tokens written", f"{num_arms} arm{'s' * (num_arms != 1)}"))
+    if summary.get("seconds"):
+        peak = summary.get("peak_memory_bytes")
+        tiles.append(Tile(duration(sum(summary["seconds"].values())), "in all", f"peak memory {size(peak)}" if peak else ""))
+    return tiles
+
+
+def _flow(facts: Facts, arms: Sequence[ArmPhase], num_shards: int) -> list[Step]:
+    totals = _totals(facts)
+    documents, discourse, kept = totals["documents"], totals["discourse"], totals["kept"]
+    # Duplicate ids are found by dedup, so they are among the documents.
+    rejected = _quarantined(facts) - facts.dedup.duplicate_id
+    whole = max(1, documents + rejected)
+    read, left, dedup = documents / whole, kept / whole, facts.dedup
+    same_id = f", {count(dedup.duplicate_id)} with a source_id seen before" if dedup.duplicate_id else ""
+    steps = [
+        Step("ingest", count(documents), "documents", f"{count(rejected)} records quarantined", read, read),
+        Step(
+            "detect",
+            count(discourse),
+            "AI discourse",
+            f"the blocklist flags {count(totals['blocklist'])}",
+            read,
+            left,
+            _share(discourse, documents),
+        ),
+        Step("dedup", count(kept), "kept", f"removed: {count(dedup.exact)} exact, {count(dedup.near)} near{same_id}", left),
+    ]
+    if arms:
+        steps += [_mix_step(arms), _tokenise_step(arms, num_shards)]
+    return steps
+
+
+def _mix_step(arms: Sequence[ArmPhase]) -> Step:
+    per_arm: dict[str, int] = {}
+    for row in arms:
+        per_arm[row.arm] = per_arm.get(row.arm, 0) + (row.documents or 0)
+    most = max(1, *per_arm.values())
+    dropped = sum(row.dropped_documents or 0 for row in arms)
+    bars = tuple((arm, n / most, count(n)) for arm, n in per_arm.items())
+    unit = f"arm{'s' * (len(per_arm) != 1)}: uses of documents, repeats counted"
+    return Step("mix", count(len(per_arm)), unit, f"{count(dropped)} dropped by rule, over all arms", bars=bars)
+
+
+def _tokenise_step(arms: Sequence[ArmPhase], num_shards: int) -> Step:
+    files = f"in {count(num_shards)} shard file{'s' * (num_shards != 1)}" if num_shards else ""
+    return Step("tokenise", count(sum(row.tokens for row in arms)), f"tokens {files}", "every shard re-read before commit")
+
+
+def _arm_phase(row: dict[str, Any]) -> ArmPhase:
+    tokens = row.get("tokens") or 0
+    inserted = min(tokens, round((row.get("share") or 0.0) * (row.get("tokens_asked") or tokens)))
+    natural = min(tokens - inserted, row.get("discourse_tokens") or 0)
+    parts = (("background", tokens - inserted - natural), ("natural", natural), ("inserted", inserted))
+    return ArmPhase(
+        row.get("arm", "?"),
+        row.get("phase", "?"),
+        row.get("tokens_asked"),
+        tokens,
+        row.get("share_asked"),
+        row.get("share"),
+        row.get("documents"),
+        row.get("inserted_documents"),
+        row.get("dropped_documents"),
+        ", ".join(row.get("drop") or []),
+        row.get("max_repeat"),
+        row.get("common_with_first"),
+        tuple(Segment(kind, n, _share(n, tokens)) for kind, n in parts),
+    )
+
+
+def _histogram(counts: Sequence[int]) -> list[Column]:
+    top = math.log1p(max(counts, default=0)) or 1.0
+    return [Column(b / BINS, (b + 1) / BINS, n, math.log1p(n) / top) for b, n in enumerate(counts)]

@@ -1,0 +1,183 @@
+"""A run folder as lazy polars frames.
+
+Frames scan exactly the Parquet files that manifest.json names, never a glob, so that parts of
+an unfinished or earlier run are not mixed in; a `part` column says which one a row is from.
+Sidecars are row-aligned with the documents, so labels get the documents' columns by appending
+them: no join, and only the columns that a query asks for are read.
+"""
+
+from collections.abc import Callable, Sequence
+from difflib import get_close_matches
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import polars as pl
+import pyarrow as pa
+
+from curation.errors import TilthError, UserError
+from curation.manifest import ARMS, DEDUP, DETECT, DOCUMENTS, QUARANTINE, RunFolder, read_manifest
+from curation.rng import keys64
+from curation.schema import CLUSTER, DOCUMENT, LABEL, PROVENANCE, REJECT, STANCES, STUDENT_P
+
+if TYPE_CHECKING:
+    from curation.inspection.why import Why
+
+# The detector's evidence in a text: (start_char, end_char, contribution), any order.
+Explain = Callable[[str], Sequence[tuple[int, int, float]]]
+# The Explain of the model that a recipe names (`default` or a path).
+Explainer = Callable[[str], Explain]
+
+# schema.effective_stance and effective_discourse as expressions, so that they stay lazy.
+STANCE = pl.coalesce(
+    pl.col("given_stance"), *[pl.when(pl.col(f"p_{s}") >= STUDENT_P).then(pl.lit(s)) for s in STANCES]
+)
+DISCOURSE = pl.coalesce(pl.col("stance") != "unrelated", pl.col("discourse"))
+
+
+def open_run(path: str | Path, explainer: Explainer | None = None) -> "Run":
+    """The run in the folder `path` (any fsspec path). `explainer` gives `Run.why` its fastText
+    evidence; it is called with the recipe's model when first needed. Raises UserError when the
+    folder holds no finished run."""
+    folder = RunFolder(str(path))
+    return Run(folder, read_manifest(folder), explainer)
+
+
+class Run:
+    """A finished run. `documents`, `labels`, `clusters` and `quarantine` are lazy polars frames:
+    filter and select first, then `.collect()`."""
+
+    def __init__(self, folder: RunFolder, manifest: dict[str, Any], explainer: Explainer | None = None):
+        self.folder, self.manifest = folder, manifest
+        self._explainer = explainer
+
+    @property
+    def recipe(self) -> dict[str, Any]:
+        """The validated recipe."""
+        return self.manifest.get("recipe") or {}
+
+    @property
+    def summary(self) -> dict[str, Any]:
+        """What `tilth curate --json` printed."""
+        return self.manifest.get("summary") or {}
+
+    @property
+    def documents(self) -> pl.LazyFrame:
+        """schema.DOCUMENT and `part`."""
+        return self._scan(DOCUMENTS, DOCUMENT)
+
+    @property
+    def labels(self) -> pl.LazyFrame:
+        """schema.LABEL, the documents' `source`, `role` and `given_stance`, the effective `stance`
+        (null = none), and `part`."""
+        about = self.documents.select("source", "role", "given_stance")
+        labels = pl.concat([self._scan(DETECT, LABEL), about], how="horizontal")
+        return labels.with_columns(stance=STANCE)
+
+    @property
+    def clusters(self) -> pl.LazyFrame:
+        """schema.CLUSTER and `part`."""
+        return self._scan(DEDUP, CLUSTER)
+
+    @property
+    def quarantine(self) -> pl.LazyFrame:
+        """schema.REJECT and `part`; no rows when nothing was quarantined."""
+        return self._scan(QUARANTINE, REJECT)
+
+    @property
+    def provenance(self) -> pl.LazyFrame:
+        """schema.PROVENANCE of every shard, with `arm`, `phase` and `shard`."""
+        steps = pl.col("path").str.split("/").list
+        frame = self._scan_files(self._files(ARMS, ".provenance.parquet"), PROVENANCE)
+        return frame.with_columns(
+            arm=steps.get(-3, null_on_oob=True),
+            phase=steps.get(-2, null_on_oob=True),
+            shard=steps.last().str.strip_suffix(".provenance.parquet"),
+        ).drop("path")
+
+    @property
+    def arms(self) -> pl.DataFrame:
+        """Asked versus achieved, one row for each arm and phase."""
+        rows = self.summary.get("arms") or []
+        plain = [{k: v for k, v in row.items() if not isinstance(v, list | dict)} for row in rows]
+        return pl.DataFrame(plain, infer_schema_length=None)
+
+    def sample(self, stance: str | None = None, n: int = 10, seed: int = 0) -> pl.DataFrame:
+        """`n` documents of an effective stance (any when None) with their text, stance and
+        probabilities. The same `seed` gives the same documents, whatever the number of parts."""
+        if stance is not None and stance not in STANCES:
+            close = get_close_matches(str(stance), STANCES, n=1, cutoff=0.4)
+            hint = f"did you mean {close[0]!r}?" if close else f"known are {', '.join(STANCES)}"
+            raise UserError(f"{stance!r} is no stance: {hint}")
+        wanted = self.labels if stance is None else self.labels.filter(pl.col("stance") == stance)
+        key = pl.col("id").map_batches(
+            lambda ids: pl.Series(keys64((seed, "sample"), ids.to_list())), pl.UInt64, is_elementwise=True
+        )
+        drawn = collect(wanted.select("id", key=key).bottom_k(n, by=["key", "id"]))
+        among = pl.col("id").is_in(drawn["id"].implode())
+        texts, labels = collect(self.documents.filter(among)), collect(self.labels.filter(among))
+        labels = labels.drop("source", "role", "given_stance", "part")
+        return drawn.join(texts, on="id").join(labels, on="id").sort("key", "id").drop("key")
+
+    def why(self, key: str) -> "Why":
+        """Everything the run knows about the document with the id `key`, or the unique one whose
+        id starts with it or whose source_id it is. Raises UserError when there is none, or more."""
+        from curation.inspection.why import look_up
+
+        return look_up(self, key)
+
+    @cached_property
+    def explain(self) -> Explain | None:
+        """The detector's evidence function; None for a run that was opened without an explainer."""
+        if self._explainer is None:
+            return None
+        return self._explainer((self.recipe.get("detect") or {}).get("fasttext", {}).get("model", "default"))
+
+    def _files(self, folder: str, suffix: str = ".parquet") -> list[str]:
+        """Paths of the manifest's data files in `folder`: sorted, so that sidecars line up."""
+        stages = (self.manifest.get("stages") or {}).values()
+        paths = {file["path"] for stage in stages for part in stage["parts"] for file in part["files"]}
+        return sorted(p for p in paths if p.startswith(f"{folder}/") and p.endswith(suffix))
+
+    def _scan(self, folder: str, schema: pa.Schema) -> pl.LazyFrame:
+        direct = [path for path in self._files(folder) if path.rpartition("/")[0] == folder]
+        frame = self._scan_files(direct, schema)
+        return frame.with_columns(part=pl.col("path").str.extract(r"([^/\\]+)\.parquet$")).drop("path")
+
+    def _scan_files(self, paths: list[str], schema: pa.Schema) -> pl.LazyFrame:
+        if not paths:
+            empty = pl.from_arrow(schema.empty_table())
+            assert isinstance(empty, pl.DataFrame)
+            return empty.lazy().with_columns(path=pl.lit(None, pl.String))
+        return pl.scan_parquet([self.folder.path(p) for p in paths], include_file_paths="path", glob=False)
+
+    def __repr__(self) -> str:
+        name = self.recipe.get("name", self.folder.root)
+        return f"Run({name}: {', '.join(f'{value} {what}' for what, value in self._counts())})"
+
+    def _repr_html_(self) -> str:
+        from curation.inspection.pages import render
+
+        arms = self.summary.get("arms") or []
+        return render("run.html.j2", root=self.folder.root, counts=self._counts(), arms=arms)
+
+    def _counts(self) -> list[tuple[str, str]]:
+        summary = self.summary
+        known = {
+            "documents": summary.get("documents_read"),
+            "AI discourse": summary.get("discourse"),
+            "quarantined": summary.get("quarantined_total"),
+            "kept after dedup": summary.get("kept"),
+            "arm-phases": len(summary["arms"]) if summary.get("arms") else None,
+        }
+        return [(what, f"{value:,}") for what, value in known.items() if value is not None]
+
+
+def collect(frame: pl.LazyFrame) -> pl.DataFrame:
+    """`frame` in memory, with a damaged or missing file of the run as a TilthError. Streamed: memory
+    grows with the answer, not with the run."""
+    try:
+        return frame.collect(engine="streaming")
+    except (OSError, pl.exceptions.ComputeError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise TilthError(f"a file of the run cannot be read ({reason}): `tilth verify` names what is damaged") from error

@@ -1,0 +1,115 @@
+"""`tilth curate --dry-run`: what a run would read, which parts it would make, and whether pools are large enough.
+
+Nothing is written and no Ray is started. Pools are small by their nature, so they are read and
+tokenised here to the token: a share that their repeats cannot fill is an error now, not after
+the corpus has been read.
+"""
+
+import math
+from typing import Any
+
+from curation import detect, ingest, storage, tokenise
+from curation.errors import UserError
+from curation.manifest import ARMS, DEDUP, DETECT, DOCUMENTS, SIGNATURES, TOKENS, RunFolder
+from curation.mix.budget import too_small_pool
+from curation.mix.policy import drop_rules, share_asked
+from curation.recipe import Recipe
+from curation.schema import POOL
+from curation.steps import SPLITS, Chains
+from curation.tokenise.tokenizer import Encoder
+
+
+def plan(recipe: Recipe, root: str) -> dict[str, Any]:
+    """Inputs, stages and arms with counts. Raises UserError as the run would, for what can be known now."""
+    splits = ingest.plan(recipe.inputs, recipe.ingest)
+    spec = tokenise.resolve(recipe.tokenise.tokenizer, recipe.tokenise.eos)
+    run = RunFolder(root)
+    detect_fingerprint = detect.section_fingerprint(recipe.detect)
+    stages, parts = _stages(run, recipe, splits, detect_fingerprint)
+    _check_pools(recipe, splits, spec)
+    return {
+        "recipe": recipe.name,
+        "run": root,
+        "inputs": _inputs(recipe, splits),
+        "stages": stages,
+        "parts_known": parts,
+        "arms": [
+            {
+                "arm": arm,
+                "phase": name,
+                "tokens": phase.tokens,
+                "share": share_asked(recipe.mix, arm, name),
+                "drop": sorted(drop_rules(recipe.mix, arm, name)),
+                "shards": math.ceil(phase.tokens / recipe.tokenise.shard_tokens),
+            }
+            for arm in recipe.mix.arms
+            for name, phase in recipe.mix.phases.items()
+        ],
+    }
+
+
+def _inputs(recipe: Recipe, splits: list[ingest.Split]) -> list[dict[str, Any]]:
+    rows = []
+    for k, item in enumerate(recipe.inputs):
+        mine = [s for s in splits if s.source_rank == k]
+        files = {s.path for s in mine}
+        size = sum(storage.size_bytes(path) for path in files)
+        rows.append(
+            {
+                "source": item.source,
+                "role": item.role,
+                "path": item.path,
+                "files": len(files),
+                "bytes": size,
+                "splits": len(mine),
+            }
+        )
+    return rows
+
+
+def _stages(
+    run: RunFolder, recipe: Recipe, splits: list[ingest.Split], detect_fingerprint: str
+) -> tuple[list[dict[str, Any]], int]:
+    """Parts to do and done by stage; parts of splits that were never read are counted as one each."""
+    counts = {place: [0, 0] for place in (DOCUMENTS, DETECT, SIGNATURES)}
+    known = 0
+    for split in splits:
+        chains = Chains.of(split, detect_fingerprint, recipe.dedup)
+        done = run.current(SPLITS, split.name, chains.ingest)
+        names = done.about["parts"] if done else [split.name]
+        known += len(names) if done else 0
+        for place, chain in ((DOCUMENTS, chains.ingest), (DETECT, chains.detect), (SIGNATURES, chains.signatures)):
+            for name in names:
+                counts[place][bool(done and run.current(place, name, chain))] += 1
+    rows = [
+        {"stage": name, "to_do": counts[place][0], "done": counts[place][1]}
+        for name, place in (("ingest", DOCUMENTS), ("detect", DETECT), ("signatures", SIGNATURES))
+    ]
+    # What comes behind dedup depends on its result: known only when all before it is done.
+    for name, place in (("dedup", DEDUP), ("tokenise", TOKENS), ("mix", ARMS)):
+        rows.append({"stage": name, "to_do": None, "done": len(run.parts(place))})
+    return rows, known
+
+
+def _check_pools(recipe: Recipe, splits: list[ingest.Split], spec: tokenise.TokenizerSpec) -> None:
+    pools = [s for s in splits if s.input.role == POOL]
+    wanted = {arm.upsample.stance for arm in recipe.mix.arms.values() if arm.upsample}
+    if not wanted or not pools:
+        return
+    tokens: dict[str, int] = dict.fromkeys(wanted, 0)
+    encoder = Encoder(spec)
+    for split in pools:
+        for chunk in ingest.chunks(split):
+            documents = ingest.parse(chunk).documents
+            _, ends = encoder.encode(documents["text"])
+            lengths = [int(n) for n in ends - [0, *ends[:-1]]]
+            for stance, length in zip(documents["given_stance"].to_pylist(), lengths, strict=True):
+                if stance in tokens:
+                    tokens[stance] += length
+    for name, arm in recipe.mix.arms.items():
+        if arm.upsample:
+            phases = [p for p in recipe.mix.phases if share_asked(recipe.mix, name, p)]
+            total = sum(recipe.mix.phases[p].tokens for p in phases)
+            capacity = tokens[arm.upsample.stance] * recipe.mix.max_repeat.pool
+            if capacity < arm.upsample.share * total:
+                raise UserError(too_small_pool(name, "+".join(phases), arm.upsample.stance, capacity, capacity / total))
