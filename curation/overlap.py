@@ -132,7 +132,10 @@ def shingle_sets(array: pa.Array | pa.ChunkedArray, ngram: int) -> ShingleSets:
     # A word needs a byte and a space, so half a text's bytes bound its words.
     starts = np.concatenate([[0], np.cumsum((np.diff(offsets) + 1) // 2)]).astype(np.int64)
     hashes, ends = np.empty(starts[-1], np.uint64), np.empty(len(starts) - 1, np.int64)
-    _shingle_sets(data, offsets, ngram, hashes, starts, ends)
+    _all_shingles(data, offsets, ngram, hashes, starts, ends)
+    for lo, hi in zip(starts[:-1].tolist(), ends.tolist(), strict=True):
+        hashes[lo:hi].sort()  # NumPy's vectorised sort: several times the speed of one compiled here
+    _drop_repeats(hashes, starts, ends)
     return ShingleSets(hashes, starts[:-1], ends)
 
 
@@ -247,16 +250,25 @@ def _fmix32(h: np.uint32) -> np.uint32:
 
 
 @nb.njit(nogil=True, cache=True)
-def _shingle_sets(data: Uint8s, offsets: Int64s, ngram: int, hashes: Uint64s, starts: Int64s, ends: Int64s) -> None:
+def _all_shingles(data: Uint8s, offsets: Int64s, ngram: int, hashes: Uint64s, starts: Int64s, ends: Int64s) -> None:
+    """Every shingle of document i into hashes[starts[i]:ends[i]], in the order of the text."""
     for doc in range(len(offsets) - 1):
         own = hashes[starts[doc] : starts[doc + 1]]
-        count = _roll(own, _word_hashes(data, offsets[doc], offsets[doc + 1], own, len(own)), ngram)
-        own[:count].sort()
-        distinct = min(count, 1)
-        for k in range(1, count):
-            own[distinct] = own[k]
-            distinct += own[k] != own[k - 1]
-        ends[doc] = starts[doc] + distinct
+        count = _word_hashes(data, offsets[doc], offsets[doc + 1], own, len(own))
+        ends[doc] = starts[doc] + _roll(own, count, ngram)
+
+
+@nb.njit(nogil=True, cache=True)
+def _drop_repeats(hashes: Uint64s, starts: Int64s, ends: Int64s) -> None:
+    """Sorted hashes of each document to the front, each once."""
+    for doc in range(len(ends)):
+        end = min(starts[doc] + 1, ends[doc])
+        for k in range(end, ends[doc]):
+            value = hashes[k]
+            is_new = value != hashes[end - 1]
+            hashes[end] = value
+            end += is_new
+        ends[doc] = end
 
 
 def _chunks(array: pa.Array | pa.ChunkedArray) -> Iterator[tuple[Uint8s, Int64s]]:

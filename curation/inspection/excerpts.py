@@ -15,6 +15,7 @@ import numpy as np
 # Controls (ANSI escapes among them) but tab and newline, line separators, and the characters that
 # reorder what follows them. Left-to-right and right-to-left marks and joiners stay: scripts need them.
 _UNSEEN = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ufeff\ufff9-\ufffb]")
+_WORD_CHARS = 24  # an excerpt is cut between words where a space is this near
 _COMPARED_CHARS = 200_000  # of each document of a pair: beyond, differences are not looked for
 
 
@@ -84,9 +85,13 @@ def quote(text: str, start: int, end: int, around_chars: int = 60) -> Quote:
 
 def excerpt(text: str, spans: Sequence[Span], max_chars: int) -> list[Piece]:
     """The stretch of at most `max_chars` of `text` that holds the most spans, with these marked.
-    Where spans overlap, the first in `spans` wins."""
+    Cut between words where it can be; where spans overlap, the first in `spans` wins."""
     start = _densest(sorted({span.start for span in spans}), len(text), max_chars)
     end = min(len(text), start + max_chars)
+    if start and (space := re.search(r"\s", text[start : start + _WORD_CHARS])):
+        start += space.end()
+    if end < len(text) and (space := re.search(r"\s\S*$", text[end - _WORD_CHARS : end])):
+        end += space.start() - _WORD_CHARS
     kinds: list[str | None] = [None] * (end - start)
     for span in reversed(spans):
         a, b = max(span.start, start) - start, min(span.end, end) - start

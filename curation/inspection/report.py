@@ -38,9 +38,18 @@ class Tile(NamedTuple):
     note: str
 
 
+class Output(NamedTuple):
+    """A bar of the flow, `inserted` being the up-sampled fraction of its width."""
+
+    label: str
+    number: str
+    width: float
+    inserted: float = 0.0
+
+
 class Step(NamedTuple):
     """A stage of the flow. `width` and `next_width` are fractions of the records read; `marked` the
-    AI-discourse fraction of the bar. `bars` are (label, fraction, number) of a stage with several outputs."""
+    AI-discourse fraction of the bar. `bars` are the outputs of a stage with several."""
 
     name: str
     value: str
@@ -49,7 +58,7 @@ class Step(NamedTuple):
     width: float | None = None
     next_width: float | None = None
     marked: float = 0.0
-    bars: tuple[tuple[str, float, str], ...] = ()
+    bars: tuple[Output, ...] = ()
 
 
 class Segment(NamedTuple):
@@ -186,19 +195,25 @@ def _flow(facts: Facts, arms: Sequence[ArmPhase], num_shards: int) -> list[Step]
 
 
 def _mix_step(arms: Sequence[ArmPhase]) -> Step:
-    per_arm: dict[str, int] = {}
+    uses: dict[str, int] = {}
+    inserted: dict[str, int] = {}
     for row in arms:
-        per_arm[row.arm] = per_arm.get(row.arm, 0) + (row.documents or 0)
-    most = max(1, *per_arm.values())
-    dropped = sum(row.dropped_documents or 0 for row in arms)
-    bars = tuple((arm, n / most, count(n)) for arm, n in per_arm.items())
-    unit = f"arm{'s' * (len(per_arm) != 1)}: uses of documents, repeats counted"
-    return Step("mix", count(len(per_arm)), unit, f"{count(dropped)} dropped by rule, over all arms", bars=bars)
+        uses[row.arm] = uses.get(row.arm, 0) + (row.documents or 0)
+        inserted[row.arm] = inserted.get(row.arm, 0) + (row.inserted_documents or 0)
+    most = max(1, *uses.values())
+    bars = tuple(Output(arm, count(n), n / most, _share(inserted[arm], n)) for arm, n in uses.items())
+    note = f"{count(sum(inserted.values()))} inserted; {count(sum(r.dropped_documents or 0 for r in arms))} dropped by rule"
+    return Step("mix", count(len(uses)), f"arm{'s' * (len(uses) != 1)}, documents with repeats", note, bars=bars)
 
 
 def _tokenise_step(arms: Sequence[ArmPhase], num_shards: int) -> Step:
-    files = f"in {count(num_shards)} shard file{'s' * (num_shards != 1)}" if num_shards else ""
-    return Step("tokenise", count(sum(row.tokens for row in arms)), f"tokens {files}", "every shard re-read before commit")
+    tokens: dict[str, int] = {}
+    for row in arms:
+        tokens[row.phase] = tokens.get(row.phase, 0) + row.tokens
+    most = max(1, *tokens.values())
+    bars = tuple(Output(phase, count(n), n / most) for phase, n in tokens.items())
+    files = f"in {count(num_shards)} shard file{'s' * (num_shards != 1)}, each re-read before commit" if num_shards else ""
+    return Step("tokenise", count(sum(tokens.values())), "tokens, all arms by phase", files, bars=bars)
 
 
 def _arm_phase(row: dict[str, Any]) -> ArmPhase:

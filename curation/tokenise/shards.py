@@ -121,7 +121,7 @@ def verify_shard(run: RunFolder, form: str, stem: str, ids: np.ndarray, ends: np
     found_ids, found_ends = READERS[form](run.path(stem))
     if not np.array_equal(found_ends, ends):
         raise TilthError(f"{run.path(stem)} ({form}) has other document ends than were written: run it again")
-    if found_ids.dtype != ids.dtype or _digest(found_ids) != _digest(ids):
+    if _digest(found_ids) != _digest(ids):
         raise TilthError(f"{run.path(stem)} ({form}) has other token ids than were written: run it again")
 
 

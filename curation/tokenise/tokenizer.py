@@ -223,8 +223,7 @@ class Encoder:
         raw = storage.read_bytes(spec.path)
         if hashlib.sha256(raw).hexdigest() != spec.sha256:
             raise TilthError(f"{spec.path} is another file than at the start of the run: put it back and run again")
-        prepared = _as_plain_text_encoder(raw, spec.eos)
-        self._flat = _load(prepared, spec.backend)
+        self._flat = _load(_as_plain_text_encoder(raw, spec.eos), spec.backend)
 
     def encode(self, texts: pa.Array) -> tuple[np.ndarray, np.ndarray]:
         """(ids, ends) of n texts (string or large_string, no nulls), each closed by the EOS id.
@@ -264,12 +263,12 @@ def _load(tokenizer_json: str, backend: str) -> FlatEncode:
 
 
 def _as_plain_text_encoder(raw: bytes, eos: str) -> str:
-    """The tokenizer.json without truncation, padding and post-processor, and with `eos` special."""
+    """The tokenizer.json without truncation and padding, and with `eos` special."""
     data = json.loads(raw)
     added = [
         {**token, "special": token["special"] or token["content"] == eos} for token in data.get("added_tokens", ())
     ]
-    return json.dumps({**data, "truncation": None, "padding": None, "post_processor": None, "added_tokens": added})
+    return json.dumps({**data, "truncation": None, "padding": None, "added_tokens": added})
 
 
 def train(texts: Iterable[str], vocab_size: int, out_path: str) -> TokenizerSpec:

@@ -1,0 +1,100 @@
+"""Parquet: a row is a record, `position` its number in the file.
+
+A file is cut between row groups. Rows become Python records in batches and go through the same
+rules as those of other formats. Parquet does not promise that its strings are UTF-8, so a batch
+with a bad one is taken row by row.
+"""
+
+from collections.abc import Iterator
+from typing import Any
+
+import pyarrow as pa
+
+from curation.ingest.pieces import Piece, Reject
+from curation.ingest.rows import Flaw, Rows, as_json
+from curation.ingest.splits import Split
+from curation.ingest.streams import Broken, reading
+
+BATCH_ROWS = 1024
+
+
+def cut(split: Split) -> Iterator[Piece]:
+    """Runs of row groups of at least `split_bytes` uncompressed."""
+    import pyarrow.parquet as pq
+
+    try:
+        with reading(split.path) as file:
+            if split.end == 0:
+                return
+            metadata = pq.read_metadata(file)
+            _check_text_column(metadata.schema.to_arrow_schema(), split.input.text_key)
+    except (pa.ArrowException, OSError, Broken) as error:
+        yield Piece(0, reject=Reject.of_stream(_broken(error), 0))
+        return
+    first, first_row, num_rows, size_bytes = 0, 0, 0, 0
+    for index in range(metadata.num_row_groups):
+        group = metadata.row_group(index)
+        num_rows, size_bytes = num_rows + group.num_rows, size_bytes + group.total_byte_size
+        if size_bytes >= split.split_bytes or index == metadata.num_row_groups - 1:
+            yield Piece(first_row, row_groups=(first, index + 1))
+            first, first_row, num_rows, size_bytes = index + 1, first_row + num_rows, 0, 0
+
+
+def parse(split: Split, piece: Piece, rows: Rows) -> int:
+    """Add the rows of a piece's row groups to `rows`. Returns their bytes in Arrow's layout."""
+    import pyarrow.parquet as pq
+
+    position, num_bytes = piece.start, 0
+    groups = range(*piece.row_groups)
+    if not groups:
+        return 0
+    try:
+        with reading(split.path) as file, pq.ParquetFile(file) as table:
+            for batch in table.iter_batches(BATCH_ROWS, row_groups=groups):
+                _add_batch(batch, position, split, rows)
+                position += batch.num_rows
+                num_bytes += batch.nbytes
+    except (pa.ArrowException, OSError, Broken) as error:
+        broken = _broken(error)
+        rows.reject(position, broken.reason, f"from row {position} on: {broken.detail}")
+    return num_bytes
+
+
+def _broken(error: Exception) -> Broken:
+    return error if isinstance(error, Broken) else Broken("unreadable_file", f"is not sound Parquet: {error}")
+
+
+def _check_text_column(schema: pa.Schema, text_key: str) -> None:
+    if text_key not in schema.names:
+        raise Broken("unreadable_file", f"has no column {text_key}; its columns are {', '.join(schema.names)}")
+    kind = schema.field(text_key).type
+    value = kind.value_type if pa.types.is_dictionary(kind) else kind
+    if not (pa.types.is_string(value) or pa.types.is_large_string(value) or pa.types.is_string_view(value)):
+        raise Broken("unreadable_file", f"column {text_key} is {kind}, not a string")
+
+
+def _add_batch(batch: pa.RecordBatch, start: int, split: Split, rows: Rows) -> None:
+    try:
+        records: list[dict[str, Any] | None] = batch.to_pylist()
+    except UnicodeDecodeError:
+        records = [_decoded(batch.slice(k, 1)) for k in range(batch.num_rows)]
+    for position, record in enumerate(records, start):
+        if record is None:
+            rows.reject(position, "bad_utf8", "a string of the row is not UTF-8")
+            continue
+        text = record.get(split.input.text_key)
+        head = text.encode() if isinstance(text, str) else (as_json(record) or "").encode()
+        try:
+            if len(head) > split.max_document_bytes:
+                raise Flaw("oversize", Reject.oversize(position, b"", split.max_document_bytes).detail)
+            rows.add_record(record, position)
+        except Flaw as flaw:
+            rows.reject_flaw(position, flaw, head)
+
+
+def _decoded(row: pa.RecordBatch) -> dict[str, Any] | None:
+    """The record of a batch of one row, or None when a string in it is not UTF-8."""
+    try:
+        return row.to_pylist()[0]
+    except UnicodeDecodeError:
+        return None

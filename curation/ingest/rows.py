@@ -1,0 +1,149 @@
+"""Records -> DOCUMENT rows and REJECT rows: the rules that all formats share.
+
+A record is a document when its text is a string that has more than white space in it and its
+stance, where it states one, is known. Else it is a reject, with the first thing that is wrong.
+An id is hashed from (source, file, the record's own id or else its position), so that two
+sources that both number from 0 lose nothing.
+"""
+
+import json
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import orjson
+import pyarrow as pa
+import xxhash
+
+from curation.ingest.splits import Split
+from curation.schema import DOCUMENT, REJECT, REJECT_HEAD_BYTES, STANCES
+
+_ABSENT = object()
+_OF_FILES = ("empty_file", "unreadable_file")  # reasons that stand for a file, not for a record
+
+
+class Flaw(Exception):
+    """Why a record is not a document."""
+
+    def __init__(self, reason: str, detail: str, source_id: str | None = None):
+        super().__init__(detail)
+        self.reason, self.detail, self.source_id = reason, detail, source_id
+
+
+class Parsed(NamedTuple):
+    """What one chunk gave."""
+
+    documents: pa.Table  # schema.DOCUMENT, in file order
+    rejects: pa.Table  # schema.REJECT, in file order
+    num_records: int  # documents and rejected records; a file that is empty or unreadable is no record
+    num_bytes: int  # uncompressed bytes that were parsed
+
+
+class Rows:
+    """Collects the rows of one chunk."""
+
+    def __init__(self, split: Split):
+        entry = split.input
+        self._entry, self._split = entry, split
+        self._given_stance = entry.stance
+        # Neither part can hold a NUL, so no two (source, file) have the same prefix.
+        self._id_prefix = f"{entry.source}\0{split.relative}\0".encode()
+        self._documents: list[tuple[Any, ...]] = []  # id, text, created, metadata, source_id, position, given_stance
+        self._rejects: list[tuple[Any, ...]] = []  # position, source_id, reason, detail, head
+
+    @property
+    def is_empty(self) -> bool:
+        return not self._documents and not self._rejects
+
+    def add_record(self, record: dict[str, Any], position: int) -> None:
+        """Add a record whose fields are named by the input's keys; `record` is used up.
+        Raises Flaw when it is not a document."""
+        entry = self._entry
+        source_id = as_string(record.pop(entry.id_key, None)) or None
+        text = record.pop(entry.text_key, _ABSENT)
+        created = as_string(record.pop(entry.created_key, None))
+        stance = record.pop(entry.stance_key, None)
+        try:
+            if text is _ABSENT:
+                raise Flaw("missing_text", f"the record has no field {entry.text_key}")
+            self.add(text, position, source_id, created, record, stance)
+        except Flaw as flaw:
+            flaw.source_id = source_id
+            raise
+
+    def add(
+        self,
+        text: Any,
+        position: int,
+        source_id: str | None = None,
+        created: str | None = None,
+        metadata: Mapping[str, Any] | None = None,
+        stance: Any = None,
+    ) -> None:
+        """Add a document. Raises Flaw when it is not one."""
+        if not isinstance(text, str):
+            reason = "null_text" if text is None else "not_a_string"
+            raise Flaw(reason, f"the text is {_kind(text)}, not a string")
+        if not text or text.isspace():
+            raise Flaw("empty_text", "the text is empty" if not text else "the text is only white space")
+        if stance is None:
+            stance = self._given_stance
+        elif not isinstance(stance, str):
+            raise Flaw("not_a_string", f"the stance is {_kind(stance)}, not a string")
+        elif stance not in STANCES:
+            raise Flaw("bad_stance", f"the stance is {stance!r}, not one of {', '.join(STANCES)}")
+        own = f"={source_id}" if source_id is not None else f"@{position}"
+        document_id = xxhash.xxh3_128_hexdigest(self._id_prefix + own.encode())
+        self._documents.append((document_id, text, created, as_json(metadata), source_id, position, stance))
+
+    def reject(
+        self, position: int, reason: str, detail: str, head: bytes | None = None, source_id: str | None = None
+    ) -> None:
+        """Add a reject of which `head` holds the first bytes, or all."""
+        self._rejects.append((position, source_id, reason, detail, head and head[:REJECT_HEAD_BYTES]))
+
+    def reject_flaw(self, position: int, flaw: Flaw, head: bytes | None) -> None:
+        self.reject(position, flaw.reason, flaw.detail, head, flaw.source_id)
+
+    def parsed(self, num_bytes: int) -> Parsed:
+        entry, split = self._entry, self._split
+        names = ("id", "text", "created", "metadata", "source_id", "position", "given_stance")
+        same = {"source": entry.source, "file": split.relative, "role": entry.role, "source_rank": split.source_rank}
+        documents = _table(DOCUMENT, names, self._documents, same)
+        names = ("position", "source_id", "reason", "detail", "head")
+        rejects = _table(REJECT, names, self._rejects, {"source": entry.source, "file": split.relative})
+        of_files = sum(reject[2] in _OF_FILES for reject in self._rejects)
+        return Parsed(documents, rejects, documents.num_rows + rejects.num_rows - of_files, num_bytes)
+
+
+def as_string(value: Any) -> str | None:
+    """An id or a date as a string: a string as it is, null and NaN (a frame's null) as None, else JSON."""
+    if value is None or isinstance(value, str):
+        return value
+    return None if value != value else as_json(value)
+
+
+def as_json(value: Any) -> str | None:
+    """Compact JSON of `value` in its own order of keys; None for nothing and for an empty object.
+    NaN and infinity become null, what JSON has no word for its `str`."""
+    if not value and not isinstance(value, int | float):
+        return None
+    try:
+        return orjson.dumps(value, default=str).decode()
+    except TypeError:  # integers beyond 64 bits, lone surrogates: these stay as escapes
+        return json.dumps(value, separators=(",", ":"), default=str)
+
+
+def _kind(value: Any) -> str:
+    return "null" if value is None else f"a {type(value).__name__}"
+
+
+def _table(schema: pa.Schema, names: tuple[str, ...], rows: list[tuple[Any, ...]], same: dict[str, Any]) -> pa.Table:
+    """`rows` as a table with `schema`; `same` holds the columns with one value for all rows."""
+    columns = dict(zip(names, zip(*rows, strict=True), strict=True)) if rows else dict.fromkeys(names, ())
+    arrays = [
+        pa.repeat(pa.scalar(same[field.name], field.type), len(rows))
+        if field.name in same
+        else pa.array(columns[field.name], field.type)
+        for field in schema
+    ]
+    return pa.Table.from_arrays(arrays, schema=schema)
