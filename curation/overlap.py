@@ -26,6 +26,7 @@ separates words).
 import unicodedata
 from collections.abc import Callable, Iterator
 from functools import lru_cache
+from itertools import pairwise
 from typing import NamedTuple
 
 import numba as nb
@@ -107,8 +108,8 @@ def text_hash(array: pa.Array | pa.ChunkedArray) -> list[bytes]:
     hashes: list[bytes] = []
     for chunk in _chunks(array):
         data, offsets = _fold(chunk, _tables().text)
-        view, ends = memoryview(data), offsets.tolist()
-        hashes += [xxhash.xxh3_128_digest(view[a:b]) for a, b in zip(ends[:-1], ends[1:], strict=True)]
+        view, ends = data.data, offsets.tolist()
+        hashes += [xxhash.xxh3_128_digest(view[a:b]) for a, b in pairwise(ends)]
     return hashes
 
 
@@ -158,7 +159,7 @@ def sets_jaccard(hashes: Uint64s, starts: Int64s, ends: Int64s, a: int, b: int) 
         shared += x == y
         i += x <= y
         j += y <= x
-    return shared / (total - shared)
+    return float(shared / (total - shared))
 
 
 @nb.njit(nogil=True, cache=True)
@@ -290,11 +291,11 @@ def _chunks(array: pa.Array | pa.ChunkedArray) -> Iterator[tuple[Uint8s, Int64s]
 
 
 class _Table(NamedTuple):
-    """How characters fold: `ascii` byte to byte; `index` by code point an entry of `blob`, or _COPY or _ALONE.
+    """How characters fold: `ascii` byte to byte; `entry_of` a code point an entry of `blob`, or _COPY or _ALONE.
     Entry k is blob[starts[k]:starts[k + 1]]. `most` bounds the bytes out for one byte in."""
 
     ascii: Uint8s
-    index: Int32s
+    entry_of: Int32s
     starts: Int32s
     blob: Uint8s
     most: int
@@ -313,7 +314,7 @@ def _fold(chunk: tuple[Uint8s, Int64s], table: _Table) -> Folded:
     # document, and one at the end, for the space that is taken back.
     out = np.empty(size_bytes + wide * table.most + len(offsets), np.uint8)
     out_offsets = np.zeros(len(offsets), np.int64)
-    used = _fold_documents(data, offsets, table.ascii, table.index, table.starts, table.blob, out, out_offsets)
+    used = _fold_documents(data, offsets, table.ascii, table.entry_of, table.starts, table.blob, out, out_offsets)
     return Folded(out[:used], out_offsets)
 
 
@@ -332,7 +333,7 @@ def _fold_documents(
     data: Uint8s,
     offsets: Int64s,
     ascii_map: Uint8s,
-    index: Int32s,
+    entry_of: Int32s,
     starts: Int32s,
     blob: Uint8s,
     out: Uint8s,
@@ -353,7 +354,7 @@ def _fold_documents(
                 i += 1
                 continue
             point, width = _code_point(data, i, end)
-            entry = index[point]
+            entry = entry_of[point]
             lo, hi, source = (starts[entry], starts[entry + 1], blob) if entry >= 0 else (i, i + width, data)
             if entry == _ALONE and not was_space:
                 out[k] = _SPACE
@@ -385,7 +386,7 @@ def _code_point(data: Uint8s, i: int, end: int) -> tuple[int, int]:
     point = lead & (0x7F >> width)
     for j in range(i + 1, i + width):
         point = (point << 6) | (np.int64(data[j]) & 0x3F)
-    return min(point, 0x10FFFF), width
+    return (point if point <= 0x10FFFF else 0xFFFD), width
 
 
 # Ranges of code points that have properties worth asking for; the rest is Han, private or unassigned.
@@ -440,7 +441,7 @@ def _tables() -> _Tables:
             by_words[point], by_text[point] = _as_words(visible), _as_text(visible)
     table_words = _table(_as_words, by_words, " ")
     for lo, hi in _HAN:
-        table_words.index[lo:hi] = _ALONE
+        table_words.entry_of[lo:hi] = _ALONE
     return _Tables(table_words, _table(_as_text, by_text, None))
 
 
@@ -448,14 +449,14 @@ def _table(form_of: Callable[[str], str], folded: dict[int, str], unknown: str |
     """`unknown` is what a code point without a character folds to; None: it stays as it is."""
     ascii_map = np.frombuffer("".join(form_of(chr(c).lower()) for c in range(0x80)).encode(), np.uint8)
     entries = {unknown or " ": 0}
-    index = np.full(0x110000, _COPY if unknown is None else 0, np.int32)
+    entry_of = np.full(0x110000, _COPY if unknown is None else 0, np.int32)
     for point, form in folded.items():
         char = chr(point)
-        index[point] = (
+        entry_of[point] = (
             _COPY if form == char else _ALONE if form == f" {char} " else entries.setdefault(form, len(entries))
         )
     encoded = [form.encode() for form in entries]
     starts = np.concatenate([[0], np.cumsum([len(e) for e in encoded])]).astype(np.int32)
     # A character of several bytes folds to at most the longest entry, and to itself with two spaces.
     most = max(max(len(e) for e in encoded), 3)
-    return _Table(ascii_map, index, starts, np.frombuffer(b"".join(encoded), np.uint8), most)
+    return _Table(ascii_map, entry_of, starts, np.frombuffer(b"".join(encoded), np.uint8), most)

@@ -10,6 +10,8 @@ from rich.progress import Progress as Bars
 from rich.table import Table
 
 console = Console(stderr=True, highlight=False)
+if not console.is_terminal:
+    console.width = 140  # a log has no edge to wrap at
 LOG_EVERY_S = 10.0
 
 

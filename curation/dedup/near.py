@@ -44,6 +44,7 @@ from curation.dedup.work import (
     tally,
 )
 from curation.manifest import DOCUMENTS, SIGNATURES
+from curation.recipe import Dedup
 
 RECHECK = 0.15
 MAX_LEADERS = 256
@@ -122,7 +123,7 @@ def settle_bin(task: PartitionTask) -> tuple[Removed, int]:
     copies were counted before), and how many were crowded."""
     work = task.work
     rows = shuffle.read(work.run.path(BINS), task.index).sort(PREFERENCE)
-    leader, similarity, crowded = find_leaders(rows, work.section.bands, work.section.rows, work.section.ngram, work.section.verify)
+    leader, similarity, crowded = find_leaders(rows, work.section)
     followed = rows.select("id", "discourse")[leader]
     rows = rows.select("node", "members", "source", "stance").with_columns(
         kept_id=followed["id"], kept_discourse=followed["discourse"], similarity=similarity
@@ -137,18 +138,16 @@ def settle_bin(task: PartitionTask) -> tuple[Removed, int]:
     return tally(removed), crowded
 
 
-def find_leaders(
-    rows: pl.DataFrame, num_bands: int, band_rows: int, ngram: int, verify: float
-) -> tuple[np.ndarray, np.ndarray, int]:
+def find_leaders(rows: pl.DataFrame, section: Dedup) -> tuple[np.ndarray, np.ndarray, int]:
     """For documents in order of preference (columns text, signature, num_shingles, salt): the row
     that each follows (its own when it leads), float32 Jaccard to it, and how many were crowded."""
     signatures = bands.matrix(pa.chunked_array([rows["signature"].to_arrow()]))
-    keys = bands.keys(signatures, num_bands, band_rows, rows["salt"].to_numpy())
+    keys = bands.keys(signatures, section.bands, section.rows, rows["salt"].to_numpy())
     buckets = np.unique(keys, return_inverse=True)[1].reshape(keys.shape).astype(np.int32)
-    sets = overlap.shingle_sets(rows["text"].to_arrow(), ngram)
-    partial = rows["num_shingles"].to_numpy() >= overlap.MAX_WORDS - ngram + 1
+    sets = overlap.shingle_sets(rows["text"].to_arrow(), section.ngram)
+    partial = rows["num_shingles"].to_numpy() >= overlap.MAX_WORDS - section.ngram + 1
     leader, similarity = np.empty(len(rows), np.int64), np.ones(len(rows), np.float32)
-    crowded = _find_leaders(buckets, signatures, *sets, partial, verify, leader, similarity)
+    crowded = _find_leaders(buckets, signatures, *sets, partial, section.verify, leader, similarity)
     return leader, similarity, crowded
 
 

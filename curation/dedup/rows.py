@@ -6,13 +6,15 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from curation.dedup import bands, shuffle
-from curation.dedup.work import BANDS, ROW_BITS, ROWS, SOURCE_IDS, TEXTS, PartTask, Removed, tally
+from curation.dedup.work import BANDS, PREFERENCE, ROW_BITS, ROWS, SOURCE_IDS, TEXTS, PartTask, Removed, tally
 from curation.manifest import DETECT, DOCUMENTS, SIGNATURES
 from curation.recipe import Dedup
 from curation.rng import key64
-from curation.schema import POOL, STANCES, effective_stance
+from curation.schema import POOL, STANCES, effective_discourse, effective_stance
 
 _DOCUMENT_COLUMNS = ["id", "source", "source_id", "file", "position", "role", "source_rank", "given_stance"]
+_CLAIM = ["node", "id", "source", "source_id", "file", "position", "source_rank", "key_hi", "key_lo", "stance"]
+_TEXT = [*PREFERENCE, "key_hi", "key_lo", "discourse", "source", "stance"]
 _LENGTH_BITS, _RANK_BITS = 40, 23  # with the discourse bit: 64
 
 
@@ -22,22 +24,29 @@ def scatter_part(task: PartTask) -> Removed:
     rows, signatures = _rows(task)
     run.commit_table(f"{ROWS}/{task.name}.parquet", rows.to_arrow())
 
-    named = rows.filter(pl.col("source_id").is_not_null())
-    named = named.select(*_DOCUMENT_COLUMNS[:5], "source_rank", "node", "key_hi", "key_lo", "stance")
-    to = named.select(pl.struct("source", "source_id").hash(0)).to_series().to_numpy() % work.num_partitions
-    shuffle.write(run.path(SOURCE_IDS), task.name, named, to, work.num_partitions)
+    def send(folder: str, frame: pl.DataFrame, hashes: np.ndarray, num_partitions: int) -> None:
+        shuffle.write(run.path(folder), task.name, frame, hashes % np.uint64(num_partitions), num_partitions)
 
-    texts = rows.select("key_hi", "key_lo", "node", "id", "order", "position", "source_rank", "discourse", "source", "stance")
-    to = texts["key_hi"].to_numpy() % np.uint64(work.num_partitions)
-    shuffle.write(run.path(TEXTS), task.name, texts, to, work.num_partitions)
-
-    banded = rows.filter("banded")
-    matrix = bands.matrix(signatures.filter(pa.array(rows["banded"].to_list(), pa.bool_())))
-    keys = bands.keys(matrix, work.section.bands, work.section.rows, banded["salt"].to_numpy())
-    entities = np.repeat(banded["key_lo"].to_numpy(), work.section.bands)
-    frame = pl.DataFrame({"key": keys.ravel(), "entity": entities})
-    shuffle.write(run.path(BANDS), task.name, frame, frame["key"].to_numpy() % np.uint64(work.num_band_partitions), work.num_band_partitions)
+    named = rows.filter(pl.col("source_id").is_not_null()).select(_CLAIM)
+    send(
+        SOURCE_IDS,
+        named,
+        named.select(pl.struct("source", "source_id").hash(0)).to_series().to_numpy(),
+        work.num_partitions,
+    )
+    texts = rows.select(_TEXT)
+    send(TEXTS, texts, texts["key_hi"].to_numpy(), work.num_partitions)
+    banded = _band_rows(rows, signatures, work.section)
+    send(BANDS, banded, banded["key"].to_numpy(), work.num_band_partitions)
     return tally(rows)
+
+
+def _band_rows(rows: pl.DataFrame, signatures: pa.ChunkedArray, section: Dedup) -> pl.DataFrame:
+    """(key, entity) for each band of each document that takes part in MinHash."""
+    matrix = bands.matrix(signatures.filter(pa.array(rows["banded"].to_numpy())))
+    rows = rows.filter("banded")
+    keys = bands.keys(matrix, section.bands, section.rows, rows["salt"].to_numpy())
+    return pl.DataFrame({"key": keys.ravel(), "entity": np.repeat(rows["key_lo"].to_numpy(), section.bands)})
 
 
 def _rows(task: PartTask) -> tuple[pl.DataFrame, pa.ChunkedArray]:
@@ -48,7 +57,7 @@ def _rows(task: PartTask) -> tuple[pl.DataFrame, pa.ChunkedArray]:
     labels = run.read(f"{DETECT}/{task.name}.parquet", ["discourse", *(f"p_{s}" for s in STANCES)])
     signed = run.read(f"{SIGNATURES}/{task.name}.parquet")
     stance = effective_stance(documents, labels)
-    discourse = pc.coalesce(pc.not_equal(stance, "unrelated"), labels["discourse"])
+    discourse = effective_discourse(documents, labels)
     num_bytes = pc.binary_length(documents["text"]).to_numpy() if by_length else np.zeros(len(documents), np.int64)
     hashes = np.frombuffer(b"".join(signed["text_hash"].to_pylist()), "<u8").reshape(-1, 2)
     frame = pl.from_arrow(documents.select(_DOCUMENT_COLUMNS))

@@ -4,6 +4,8 @@ A task writes one Arrow IPC file with a record batch for each destination; a tas
 round reads its batch of every file. Work of one run of the barrier: nothing here outlives it.
 """
 
+from itertools import pairwise
+
 import numpy as np
 import polars as pl
 import pyarrow as pa
@@ -21,7 +23,7 @@ def write(folder: str, name: str, frame: pl.DataFrame, destinations: np.ndarray,
     def write_batches(handle: object) -> None:
         options = pa.ipc.IpcWriteOptions(compression="lz4")
         with pa.ipc.new_file(handle, table.schema, options=options) as file:
-            for lo, hi in zip(bounds[:-1], bounds[1:], strict=True):
+            for lo, hi in pairwise(bounds.tolist()):
                 file.write_batch(whole.slice(lo, hi - lo))
 
     storage.commit(storage.join(folder, f"{name}.arrow"), write_batches)

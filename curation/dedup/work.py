@@ -32,7 +32,7 @@ class Sizes:
     """How much one task takes on; results do not depend on it."""
 
     rows: int = 2_000_000  # rows of a partition
-    documents: int = 50_000  # documents of a bin
+    documents: int = 20_000  # documents of a bin, with texts, signatures and shingle hashes: 2.5 times their text
 
 
 @dataclass(frozen=True)

@@ -44,15 +44,16 @@ def cut_lines(window: Window, split_bytes: int, max_document_bytes: int) -> Iter
         if 0 <= end <= most:
             yield Piece(window.position, window.take(end + 1))
         elif len(data) > most:
-            reject = Reject.oversize(window.position + begin, data[begin : begin + REJECT_HEAD_BYTES], max_document_bytes)
-            yield Piece(window.position, window.take(begin), reject=reject)
+            head = data[begin : begin + REJECT_HEAD_BYTES]
+            oversize = Reject.oversize(window.position + begin, head, max_document_bytes)
+            yield Piece(window.position, window.take(begin), reject=oversize)
             window.drop_to(b"\n")
             window.drop(1)
         else:
             break
-    whole, reject = len(data), None
+    whole = len(data) if window.broken is None else data.rfind(b"\n") + 1
+    reject = None
     if window.broken:
-        whole = data.rfind(b"\n") + 1
         reject = Reject.of_stream(window.broken, window.position + whole, data[whole:])
     if whole or reject:
         yield Piece(window.position, window.take(whole), reject=reject)
@@ -89,8 +90,8 @@ def read_range(split: Split) -> Piece:
         while not ended and length <= limit and (tail := file.read(TAIL_BYTES)):
             end = tail.find(b"\n")
             ended = end >= 0
-            parts.append(tail[:end] if ended else tail)
-            length += len(parts[-1])
+            parts.append(tail[: end + 1] if ended else tail)
+            length += end if ended else len(tail)
         if length > limit:
             reject = Reject.oversize(lead + begin, b"".join(parts)[begin - first :], limit)
             return Piece(start, data[first:begin], reject=reject)
@@ -120,9 +121,8 @@ def load(line: bytes, entry: Input) -> dict[str, Any]:
         record = _load_leniently(line, entry, error)
     if not isinstance(record, dict):
         raise Flaw("bad_json", f"the line is a JSON {type(record).__name__}, not an object")
-    if isinstance(record.get(entry.id_key), float):
-        record = json.loads(line)
-    return record
+    exact: dict[str, Any] = json.loads(line) if isinstance(record.get(entry.id_key), float) else record
+    return exact
 
 
 def _load_leniently(line: bytes, entry: Input, refused: orjson.JSONDecodeError) -> Any:

@@ -95,6 +95,7 @@ def _add_batch(batch: pa.RecordBatch, start: int, split: Split, rows: Rows) -> N
 def _decoded(row: pa.RecordBatch) -> dict[str, Any] | None:
     """The record of a batch of one row, or None when a string in it is not UTF-8."""
     try:
-        return row.to_pylist()[0]
+        record: dict[str, Any] = row.to_pylist()[0]
     except UnicodeDecodeError:
         return None
+    return record

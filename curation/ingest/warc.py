@@ -179,7 +179,8 @@ def _decoded_page(body: bytes, charset: str | None) -> str:
     """The page by its stated charset, else by what it states or looks like."""
     from resiliparse.parse.encoding import bytes_to_str, detect_encoding
 
+    looks_like: str = detect_encoding(body, from_html_meta=True) or "utf-8"
     try:
-        return bytes_to_str(body, charset or detect_encoding(body, from_html_meta=True))
+        return bytes_to_str(body, charset or looks_like)
     except LookupError:  # a charset that nobody knows
-        return bytes_to_str(body, detect_encoding(body, from_html_meta=True))
+        return bytes_to_str(body, looks_like)
