@@ -8,6 +8,7 @@ documents, scaled to all of them by bytes. Those calls write nothing, keep no id
 """
 
 import argparse
+import io
 import json
 import subprocess
 import sys
@@ -73,8 +74,8 @@ def libraries_alone(corpus: Path, texts: list[str], tokenizer: Path) -> dict[str
 
     def read() -> None:
         for path in sorted(corpus.glob("*.jsonl.zst")):
-            with zstandard.open(path, "rb") as lines:
-                for line in lines:
+            with open(path, "rb") as raw:
+                for line in io.BufferedReader(zstandard.ZstdDecompressor().stream_reader(raw)):
                     orjson.loads(line)
 
     def sign() -> None:
@@ -83,7 +84,7 @@ def libraries_alone(corpus: Path, texts: list[str], tokenizer: Path) -> dict[str
             shingles = {" ".join(words[i : i + 5]).encode() for i in range(len(words) - 4)}
             MinHash(128, scheme="affine32", hashfunc=xxhash.xxh32_intdigest).update_batch(shingles)
 
-    model = fasttext.load_model(str(ROOT / "curation/detect/models/default.ftz")) if _has_default() else None
+    model = fasttext.load_model(str(ROOT / "curation/detect/models/default.bin")) if _has_default() else None
     lines = [" ".join(text.split()) for text in sample]
     encoder = Tokenizer.from_file(str(tokenizer))
     fast = fastokens.Tokenizer.from_json_str(tokenizer.read_text()) if hasattr(fastokens, "Tokenizer") else None
@@ -98,7 +99,7 @@ def libraries_alone(corpus: Path, texts: list[str], tokenizer: Path) -> dict[str
 
 
 def _has_default() -> bool:
-    return (ROOT / "curation/detect/models/default.ftz").exists()
+    return (ROOT / "curation/detect/models/default.bin").exists()
 
 
 def main() -> None:
@@ -116,7 +117,7 @@ def main() -> None:
         texts = texts_of(options.corpus)
         train(iter(texts[::10]), 16_384, str(work / "tokenizer.json"))
         size = sum(len(text) for text in texts)
-        (work / "recipe.yaml").write_text(yaml.safe_dump(recipe(options.corpus, work / "tokenizer.json", size // 5)))
+        (work / "recipe.yaml").write_text(yaml.safe_dump(recipe(options.corpus, work / "tokenizer.json", size // 5), sort_keys=False))
         started = time.perf_counter()
         arguments = ["curate", str(work / "recipe.yaml"), "--run", str(work / "run"), "--workers", str(options.workers)]
         done = subprocess.run(

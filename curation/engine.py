@@ -11,6 +11,7 @@ import importlib
 import logging
 import os
 import pickle
+import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -28,25 +29,14 @@ _OBJECT_STORE_BYTES = 1 << 30  # a local session holds a few chunks at a time
 
 
 @contextlib.contextmanager
-def session(workers: int | None = None, address: str | None = None) -> Iterator["Engine"]:
-    """A Ray session: the job's own inside `ray job submit`, the cluster at `address`, or else a
-    local one that is ended on exit. A session that was there before is used and left alone."""
-    inside_job = "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ
-    local = address in (None, "local") and not inside_job
-    for name, value in _QUIET.items():
-        os.environ.setdefault(name, value)
-    if local:
-        os.environ.setdefault("RAY_AUTH_MODE", "disabled")  # a session of ours alone needs no token file in HOME
-    import ray
-
-    mine = not ray.is_initialized()
-    if mine:
-        _start(workers, "local" if local else (None if inside_job and not address else address), local)
+def session(workers: int | None, address: str | None, root: str) -> Iterator["Engine"]:
+    """An Engine whose Ray starts when it is first needed: the job's own inside `ray job submit`, the cluster at
+    `address`, or else a local one that is ended on exit. A session that was there before is used and left alone."""
+    engine = Engine(workers, address, root)
     try:
-        yield Engine(workers)
+        yield engine
     finally:
-        if mine:
-            ray.shutdown()
+        engine.close()
 
 
 def _start(workers: int | None, address: str | None, local: bool) -> None:
@@ -80,22 +70,55 @@ def _pack(value: object) -> bytes:
 class Engine:
     """Runs functions over items on Ray Data; `map` is a stage.Mapper."""
 
-    def __init__(self, workers: int | None):
+    def __init__(self, workers: int | None, address: str | None, root: str):
+        self._workers, self._address, self._root = workers, address, root
+        self._started = self._mine = False
+        self.start_seconds = 0.0
+        self.on_progress: Callable[[str, int, int | None], None] = lambda label, done, total: None
+
+    def _ensure_started(self) -> None:
+        if self._started:
+            return
+        began = time.perf_counter()
+        inside_job = "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ
+        local = self._address in (None, "local") and not inside_job
+        for name, value in _QUIET.items():
+            os.environ.setdefault(name, value)
+        if local:
+            os.environ.setdefault("RAY_AUTH_MODE", "disabled")  # a session of ours alone needs no token file in HOME
+        import ray
         import ray.data
 
+        self._mine = not ray.is_initialized()
+        if self._mine:
+            _start(self._workers, "local" if local else self._address, local)
+        self._started = True
+        unseen = missing_on_nodes(self._root)
+        if unseen:
+            raise UserError(
+                f"{self._root} is not shared: the driver does not see what node {unseen[0]} writes there; "
+                "give --run a path that all nodes mount, or an object store"
+            )
         logging.getLogger("ray.data").setLevel(logging.ERROR)
-        self._limit = workers
         context = ray.data.DataContext.get_current()
         context.enable_progress_bars = False
         context.print_on_execution_start = False
         context.raise_original_map_exception = True
         # One chunk a block: the next operator gets each as soon as it is there.
         context.target_max_block_size = 1 << 20
-        self.on_progress: Callable[[str, int, int | None], None] = lambda label, done, total: None
+        self.start_seconds = time.perf_counter() - began
+
+    def close(self) -> None:
+        """End the session if this engine started it."""
+        if self._started and self._mine:
+            import ray
+
+            ray.shutdown()
 
     def map(self, function: Callable[[Item], Result], items: Sequence[Item], label: str) -> Iterator[Result]:
         if not items:
             return
+        self._ensure_started()
         import pyarrow as pa
         import ray.data
 
@@ -117,6 +140,7 @@ class Engine:
         and the network, and a task that held one would starve a one-worker session)."""
         if not items:
             return
+        self._ensure_started()
         import pyarrow as pa
         import ray.data
 
@@ -132,7 +156,7 @@ class Engine:
         import ray
         from ray.data import TaskPoolStrategy
 
-        most = self._limit or int(ray.cluster_resources().get("CPU", 1))
+        most = self._workers or int(ray.cluster_resources().get("CPU", 1))
         return {
             "batch_format": "pyarrow",
             "batch_size": 1,

@@ -15,8 +15,7 @@ from typing import Any
 import numpy as np
 
 from curation import dedup, detect, ingest, steps, storage, tokenise
-from curation.engine import Engine, missing_on_nodes, session
-from curation.errors import UserError
+from curation.engine import Engine, session
 from curation.manifest import (
     ARMS,
     DEDUP,
@@ -51,7 +50,6 @@ class _Run:
     busy: dict[str, float] = field(default_factory=dict)  # summed over workers
     stages: dict[str, dict[str, Any]] = field(default_factory=dict)
     warnings: list[str] = field(default_factory=list)
-    made: dict[str, int] = field(default_factory=dict)  # parts made now, not taken from before
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
@@ -95,19 +93,10 @@ def curate(
         root = os.path.abspath(storage.filesystem(root)[1])
     detect_fingerprint = detect.section_fingerprint(recipe.detect)  # loads the model: a wrong path ends here
     spec = tokenise.resolve(recipe.tokenise.tokenizer, recipe.tokenise.eos)
-    started = time.perf_counter()
-    with WriterLock(RunFolder(root)), PeakMemory() as memory, session(workers, address) as engine:
+    with WriterLock(RunFolder(root)), PeakMemory() as memory, session(workers, address, root) as engine:
         if on_progress:
             engine.on_progress = on_progress
-        unseen = missing_on_nodes(root)
-        if unseen:
-            raise UserError(
-                f"{root} is not shared: the driver does not see what node {unseen[0]} writes there; "
-                "give --run a path that all nodes mount, or an object store"
-            )
         run = _Run(recipe, RunFolder(root), engine)
-        run.seconds["start_ray"] = time.perf_counter() - started
-        storage.commit_bytes(run.folder.path("recipe.yaml"), _recipe_yaml(recipe))
         run.event("curate", recipe=recipe.name, tilth=__version__)
         names = _read_and_sign(run, splits, detect_fingerprint)
         _dedup(run, names)
@@ -167,7 +156,6 @@ def _dedup(run: _Run, names: list[str]) -> None:
     with run.stage("dedup"):
         if not all(run.folder.current(DEDUP, name, chain) for name in names):
             dedup.cluster(run.folder, names, section, chain, run.engine.map)
-            run.made["dedup"] = len(names)
         run.folder.drop_parts(DEDUP, [*names, dedup.REJECTS_PART])
         rejects = run.folder.part(DEDUP, dedup.REJECTS_PART)
         run.record("dedup", [*_parts(run.folder, DEDUP, names), *([rejects] if rejects else [])])
@@ -194,7 +182,6 @@ def _tokenise(run: _Run, names: list[str], spec: TokenizerSpec) -> TokenizerSpec
         items = [steps.TokenItem(folder, name, chains[name], spec) for name in stale]
         for worked in run.engine.map(steps.tokenise_part, items, "tokenise"):
             _account(run, worked)
-        run.made["tokenise"] = len(stale)
         folder.drop_parts(TOKENS, names)
         run.record("tokenise", _parts(folder, TOKENS, names))
     return spec
@@ -225,7 +212,6 @@ def _mix(run: _Run, names: list[str], spec: TokenizerSpec) -> None:
         stats, limits = _select(run, names, plan, counts)
         items = _shard_items(folder, names, plan, counts, limits, chain, recipe.tokenise.formats, spec)
         written = list(run.engine.map(steps.write_shard, items, "write shards"))
-        run.made["mix"] = len(written)
         places = sorted((part.folder, part.name) for part in written)
         _drop_other_shards(folder, places)
         storage.remove(folder.path(arms.WORK))
@@ -281,6 +267,8 @@ def _drop_other_shards(folder: RunFolder, places: list[tuple[str, str]]) -> None
             folder.drop_parts(place, wanted.get(place, []))
             if place not in wanted:
                 storage.remove(folder.path(place))
+        if not any(place.startswith(f"{ARMS}/{arm}/") for place in wanted):
+            storage.remove(folder.path(ARMS, arm))
 
 
 def _achieved(plan: list[ArmPhase], stats: np.ndarray) -> list[dict[str, Any]]:
@@ -311,29 +299,43 @@ def _achieved(plan: list[ArmPhase], stats: np.ndarray) -> list[dict[str, Any]]:
 
 
 def _finish(run: _Run, spec: TokenizerSpec, memory: PeakMemory) -> dict[str, Any]:
-    """Summary, cards, manifest and report; the manifest is written last but for the report that reads it."""
+    """Summary, cards, manifest and report. When nothing was made and nothing is asked otherwise, all of them
+    are there already and stay as they are."""
     from curation.inspection import cards, report
 
+    run.seconds["start_ray"] = run.engine.start_seconds
     manifest: dict[str, Any] = {
         "schema_version": SCHEMA_VERSION,
         "tilth_version": __version__,
         "recipe": run.recipe.model_dump(mode="json"),
         "tokenizer": spec.about(),
-        "stages": run.stages,
+        "stages": json.loads(json.dumps(run.stages)),
     }
+    before = _manifest_before(run.folder)
+    seconds = {name: round(value, 2) for name, value in run.seconds.items()}
+    if before and {k: v for k, v in before.items() if k not in ("summary", "tokenizer")} == {
+        k: v for k, v in manifest.items() if k != "tokenizer"
+    }:
+        run.event("done", changed=False)
+        return {**before["summary"], "seconds": seconds}
+    summary = summarise(run.folder.root, run.recipe, run.stages, seconds, run.busy, memory.peak_bytes())
+    manifest["summary"] = {**summary, "warnings": run.warnings}
     with run.stage("report"):
-        manifest["summary"] = summarise(
-            run.folder.root, run.recipe, run.stages, run.seconds, run.busy, memory.peak_bytes()
-        )
-        manifest["summary"]["warnings"] = run.warnings
+        storage.commit_bytes(run.folder.path("recipe.yaml"), _recipe_yaml(run.recipe))
         cards.write_cards(run.folder, manifest)
         storage.commit_bytes(run.folder.path("manifest.json"), json.dumps(manifest, indent=1, sort_keys=True).encode())
         report.write_report(run.folder, manifest)
-    manifest["summary"]["seconds"] = {k: round(v, 2) for k, v in run.seconds.items()}
-    storage.commit_bytes(run.folder.path("manifest.json"), json.dumps(manifest, indent=1, sort_keys=True).encode())
-    run.event("done", exit_code=manifest["summary"]["exit_code"])
-    summary: dict[str, Any] = manifest["summary"]
-    return summary
+    run.event("done", exit_code=summary["exit_code"])
+    manifest["summary"]["seconds"]["report"] = round(run.seconds["report"], 2)
+    return dict(manifest["summary"])
+
+
+def _manifest_before(folder: RunFolder) -> dict[str, Any] | None:
+    try:
+        found: dict[str, Any] = json.loads(storage.read_bytes(folder.path("manifest.json")))
+        return found if storage.exists(folder.path("report.html")) else None
+    except (FileNotFoundError, ValueError):
+        return None
 
 
 def _parts(folder: RunFolder, place: str, names: list[str]) -> list[Part]:

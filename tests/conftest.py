@@ -77,6 +77,7 @@ def make_recipe(root, corpus, tmp_path_factory):
                     "stance": "aligned",
                 },
             ],
+            "dedup": {"alarm_fraction": 1.0},  # the table is copies
             "mix": {
                 "phases": {"pretrain": {"tokens": 900_000}, "midtrain": {"tokens": 90_000}},
                 "arms": {

@@ -33,9 +33,7 @@ class Progress:
     def __enter__(self) -> "Progress":
         if console.is_terminal:
             self._bars.start()
-            self._tasks["start"] = self._bars.add_task("start Ray", total=1)
-        else:
-            console.print("start Ray")
+            self._tasks["start"] = self._bars.add_task("start", total=1)
         return self
 
     def __exit__(

@@ -105,7 +105,7 @@ def parse_lines(data: bytes, start: int, split: Split, rows: Rows) -> None:
         if line and not line.isspace():
             try:
                 if len(line) > limit:
-                    raise Flaw("oversize", Reject.oversize(position, b"", limit).detail)
+                    raise Flaw.oversize(limit)
                 has_mark = position == 0 and line.startswith(BYTE_ORDER_MARK)
                 rows.add_record(load(line[len(BYTE_ORDER_MARK) :] if has_mark else line, entry), position)
             except Flaw as flaw:

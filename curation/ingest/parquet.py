@@ -6,6 +6,7 @@ with a bad one is taken row by row.
 """
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import pyarrow as pa
@@ -13,7 +14,7 @@ import pyarrow as pa
 from curation.ingest.pieces import Piece, Reject
 from curation.ingest.rows import Flaw, Rows, as_json
 from curation.ingest.splits import Split
-from curation.ingest.streams import Broken, reading
+from curation.ingest.streams import Broken, reading, says_corrupt
 
 BATCH_ROWS = 1024
 
@@ -22,14 +23,14 @@ def cut(split: Split) -> Iterator[Piece]:
     """Runs of row groups of at least `split_bytes` uncompressed."""
     import pyarrow.parquet as pq
 
+    if split.end == 0:
+        return
     try:
-        with reading(split.path) as file:
-            if split.end == 0:
-                return
+        with reading(split.path) as file, _sound():
             metadata = pq.read_metadata(file)
             _check_text_column(metadata.schema.to_arrow_schema(), split.input.text_key)
-    except (pa.ArrowException, OSError, Broken) as error:
-        yield Piece(0, reject=Reject.of_stream(_broken(error), 0))
+    except Broken as broken:
+        yield Piece(0, reject=Reject.of_stream(broken, 0))
         return
     first, first_row, num_rows, size_bytes = 0, 0, 0, 0
     for index in range(metadata.num_row_groups):
@@ -49,19 +50,25 @@ def parse(split: Split, piece: Piece, rows: Rows) -> int:
     if not groups:
         return 0
     try:
-        with reading(split.path) as file, pq.ParquetFile(file) as table:
+        with reading(split.path) as file, _sound(), pq.ParquetFile(file) as table:
             for batch in table.iter_batches(BATCH_ROWS, row_groups=groups):
                 _add_batch(batch, position, split, rows)
                 position += batch.num_rows
                 num_bytes += batch.nbytes
-    except (pa.ArrowException, OSError, Broken) as error:
-        broken = _broken(error)
-        rows.reject(position, broken.reason, f"from row {position} on: {broken.detail}")
+    except Broken as broken:
+        rows.reject(position, broken.reason, f"from row {position} on, the file {broken.detail}")
     return num_bytes
 
 
-def _broken(error: Exception) -> Broken:
-    return error if isinstance(error, Broken) else Broken("unreadable_file", f"is not sound Parquet: {error}")
+@contextmanager
+def _sound() -> Iterator[None]:
+    """Raises Broken for what Arrow says of bytes that are not Parquet."""
+    try:
+        yield
+    except (pa.ArrowException, OSError) as error:
+        if isinstance(error, OSError) and not says_corrupt(error):
+            raise
+        raise Broken("unreadable_file", f"is not sound Parquet: {error}") from None
 
 
 def _check_text_column(schema: pa.Schema, text_key: str) -> None:
@@ -75,27 +82,29 @@ def _check_text_column(schema: pa.Schema, text_key: str) -> None:
 
 def _add_batch(batch: pa.RecordBatch, start: int, split: Split, rows: Rows) -> None:
     try:
-        records: list[dict[str, Any] | None] = batch.to_pylist()
-    except UnicodeDecodeError:
-        records = [_decoded(batch.slice(k, 1)) for k in range(batch.num_rows)]
+        records: list[dict[str, Any] | Flaw] = batch.to_pylist()
+    except ValueError:
+        records = [_record(batch.slice(k, 1)) for k in range(batch.num_rows)]
     for position, record in enumerate(records, start):
-        if record is None:
-            rows.reject(position, "bad_utf8", "a string of the row is not UTF-8")
-            continue
-        text = record.get(split.input.text_key)
-        head = text.encode() if isinstance(text, str) else (as_json(record) or "").encode()
+        head = None
         try:
+            if isinstance(record, Flaw):
+                raise record
+            text = record.get(split.input.text_key)
+            head = (text if isinstance(text, str) else as_json(record) or "").encode()
             if len(head) > split.max_document_bytes:
-                raise Flaw("oversize", Reject.oversize(position, b"", split.max_document_bytes).detail)
+                raise Flaw.oversize(split.max_document_bytes)
             rows.add_record(record, position)
         except Flaw as flaw:
             rows.reject_flaw(position, flaw, head)
 
 
-def _decoded(row: pa.RecordBatch) -> dict[str, Any] | None:
-    """The record of a batch of one row, or None when a string in it is not UTF-8."""
+def _record(row: pa.RecordBatch) -> dict[str, Any] | Flaw:
+    """The record of a batch of one row, or why there is none."""
     try:
         record: dict[str, Any] = row.to_pylist()[0]
     except UnicodeDecodeError:
-        return None
+        return Flaw("bad_utf8", "a string of the row is not UTF-8")
+    except ValueError as error:  # a date beyond the year 9999
+        return Flaw("bad_json", f"a value of the row has no JSON form: {error}")
     return record

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+from curation.ingest.rows import Flaw
 from curation.ingest.streams import Broken
 from curation.schema import REJECT_HEAD_BYTES
 
@@ -24,8 +25,8 @@ class Reject:
 
     @staticmethod
     def oversize(position: int, head: bytes | bytearray, max_document_bytes: int) -> "Reject":
-        detail = f"the record is longer than {max_document_bytes} bytes (ingest.max_document_mb)"
-        return Reject(position, "oversize", detail, bytes(head[:REJECT_HEAD_BYTES]))
+        flaw = Flaw.oversize(max_document_bytes)
+        return Reject(position, flaw.reason, flaw.detail, bytes(head[:REJECT_HEAD_BYTES]))
 
 
 @dataclass(frozen=True)

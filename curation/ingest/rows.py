@@ -19,6 +19,9 @@ from curation.schema import DOCUMENT, REJECT, REJECT_HEAD_BYTES, STANCES
 
 _ABSENT = object()
 _OF_FILES = ("empty_file", "unreadable_file")  # reasons that stand for a file, not for a record
+# What differs between the rows of a chunk.
+_DOCUMENT_ROW = ("id", "text", "created", "metadata", "source_id", "position", "given_stance")
+_REJECT_ROW = ("position", "source_id", "reason", "detail", "head")
 
 
 class Flaw(Exception):
@@ -27,6 +30,10 @@ class Flaw(Exception):
     def __init__(self, reason: str, detail: str, source_id: str | None = None):
         super().__init__(detail)
         self.reason, self.detail, self.source_id = reason, detail, source_id
+
+    @staticmethod
+    def oversize(max_document_bytes: int) -> "Flaw":
+        return Flaw("oversize", f"the record is longer than {max_document_bytes} bytes (ingest.max_document_mb)")
 
 
 class Parsed(NamedTuple):
@@ -47,16 +54,16 @@ class Rows:
         self._given_stance = entry.stance
         # Neither part can hold a NUL, so no two (source, file) have the same prefix.
         self._id_prefix = f"{entry.source}\0{split.relative}\0".encode()
-        self._documents: list[tuple[Any, ...]] = []  # id, text, created, metadata, source_id, position, given_stance
-        self._rejects: list[tuple[Any, ...]] = []  # position, source_id, reason, detail, head
+        self._documents: list[tuple[Any, ...]] = []  # as _DOCUMENT_ROW
+        self._rejects: list[tuple[Any, ...]] = []  # as _REJECT_ROW
 
     @property
     def is_empty(self) -> bool:
         return not self._documents and not self._rejects
 
-    def add_record(self, record: dict[str, Any], position: int) -> None:
+    def add_record(self, record: dict[Any, Any], position: int) -> None:
         """Add a record whose fields are named by the input's keys; `record` is used up.
-        Raises Flaw when it is not a document."""
+        A key that the input does not name is None, and finds nothing. Raises Flaw when it is not a document."""
         entry = self._entry
         source_id = as_string(record.pop(entry.id_key, None)) or None
         text = record.pop(entry.text_key, _ABSENT)
@@ -106,20 +113,22 @@ class Rows:
 
     def parsed(self, num_bytes: int) -> Parsed:
         entry, split = self._entry, self._split
-        names = ("id", "text", "created", "metadata", "source_id", "position", "given_stance")
-        same = {"source": entry.source, "file": split.relative, "role": entry.role, "source_rank": split.source_rank}
-        documents = _table(DOCUMENT, names, self._documents, same)
-        names = ("position", "source_id", "reason", "detail", "head")
-        rejects = _table(REJECT, names, self._rejects, {"source": entry.source, "file": split.relative})
+        where = {"source": entry.source, "file": split.relative}
+        same = {**where, "role": entry.role, "source_rank": split.source_rank}
+        documents = _table(DOCUMENT, _DOCUMENT_ROW, self._documents, same)
+        rejects = _table(REJECT, _REJECT_ROW, self._rejects, where)
         of_files = sum(reject[2] in _OF_FILES for reject in self._rejects)
         return Parsed(documents, rejects, documents.num_rows + rejects.num_rows - of_files, num_bytes)
 
 
 def as_string(value: Any) -> str | None:
-    """An id or a date as a string: a string as it is, null and NaN (a frame's null) as None, else JSON."""
+    """An id or a date as a string: a string as it is, null and NaN (a frame's null) as None, what
+    JSON has a word for as JSON, a date of Parquet as its `str`."""
     if value is None or isinstance(value, str):
         return value
-    return None if value != value else as_json(value)
+    if value != value:
+        return None
+    return as_json(value) if isinstance(value, bool | int | float | list | dict) else str(value)
 
 
 def as_json(value: Any) -> str | None:

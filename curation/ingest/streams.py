@@ -58,6 +58,12 @@ def blocks(path: str, compression: str | None) -> Iterator[bytes]:
             yield from _decompressed(file, compression)
 
 
+def says_corrupt(error: OSError) -> bool:
+    """True when gzip, bz2 or Parquet say that the bytes are wrong: an OSError of no other kind and
+    without a number. Others are of the file below, which could not be read."""
+    return type(error) in (OSError, gzip.BadGzipFile) and error.errno is None
+
+
 def _decompressed(file: BinaryIO, compression: str) -> Iterator[bytes]:
     num_bytes = 0
     try:
@@ -65,10 +71,11 @@ def _decompressed(file: BinaryIO, compression: str) -> Iterator[bytes]:
             num_bytes += len(block)
             yield block
     except EOFError:
+        if file.tell() == 0:
+            return  # an empty file, which bz2 alone takes for a cut one
         raise Broken("truncated", f"the {compression} stream ends early, after {num_bytes} bytes") from None
     except (OSError, zlib.error, zstandard.ZstdError) as error:
-        # gzip and bz2 say "corrupt" with an OSError without a number; others are of the file below.
-        if isinstance(error, OSError) and (type(error) not in (OSError, gzip.BadGzipFile) or error.errno is not None):
+        if isinstance(error, OSError) and not says_corrupt(error):
             raise
         reason = "truncated" if num_bytes else "unreadable_file"
         raise Broken(reason, f"the {compression} stream is corrupt after {num_bytes} bytes: {error}") from None

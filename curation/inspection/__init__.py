@@ -1,10 +1,11 @@
-"""Looking at a finished run: reads its files, writes nothing but report.html.
+"""Looking at a finished run: reads its files, writes only pages about them.
 
 run.py       open_run: a run folder as lazy polars frames, samples
 why.py       Run.why: everything the run knows about one document
 excerpts.py  pieces of document text that are safe and short enough to show
 facts.py     the aggregates that the report shows
 report.py    report.html
+cards.py     README.md of every arm-phase
 pages.py     the templates' environment: escaping and number formats
 
 Document text, file names and ids come from strangers. They reach a page only through `pages`

@@ -224,9 +224,7 @@ def _least_similar_pair(run: Run) -> Pair | None:
     wanted = run.documents.filter(pl.col("id").is_in([removed_id, kept_id])).select("id", "source", "text")
     texts = {i: (source, text) for i, source, text in collect(wanted).iter_rows()}
     (kept_source, kept), (removed_source, removed) = texts[kept_id], texts[removed_id]
-    return Pair(
-        kept_id, kept_source, removed_id, removed_source, similarity, *differences(kept, removed, PAIR_WORDS)
-    )
+    return Pair(kept_id, kept_source, removed_id, removed_source, similarity, *differences(kept, removed, PAIR_WORDS))
 
 
 def _rejects(run: Run) -> tuple[Rejects, ...]:
@@ -237,8 +235,9 @@ def _rejects(run: Run) -> tuple[Rejects, ...]:
 
 def _reject(run: Run, reason: str, records: int) -> Rejects:
     place = ["source", "file", "position"]
-    of_reason = run.quarantine.filter(pl.col("reason") == reason).select(*place, "detail", pl.col("head").bin.slice(0, 160))
-    source, file, position, detail, head = collect(of_reason.bottom_k(1, by=place)).row(0)
+    shown = [*place, "detail", pl.col("head").bin.slice(0, 160)]
+    first = run.quarantine.filter(pl.col("reason") == reason).select(shown).bottom_k(1, by=place)
+    source, file, position, detail, head = collect(first).row(0)
     text = (head or b"").decode(errors="replace")
     return Rejects(reason, records, source, shorten(file, 120), position, shorten(detail or "", 200) or None, text)
 

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 import yaml
 
+from curation.inspection.excerpts import shorten
 from curation.inspection.facts import BINS, Facts, gather
 from curation.inspection.pages import count, duration, percent, render, size
 from curation.inspection.run import Explainer, Run
@@ -107,7 +108,7 @@ def _view(run: Run, facts: Facts) -> dict[str, Any]:
     summary = run.summary
     arms = [_arm_phase(row) for row in summary.get("arms") or []]
     seconds = summary.get("seconds") or {}
-    shards = [(row.get("arm"), row.get("phase"), s) for row in summary.get("arms") or [] for s in row.get("shards") or []]
+    shards = [shard for row in summary.get("arms") or [] for shard in row.get("shards") or []]
     detect = run.recipe.get("detect") or {}
     recipe = yaml.safe_dump(run.recipe, sort_keys=False, allow_unicode=True, width=100)
     return {
@@ -129,7 +130,7 @@ def _view(run: Run, facts: Facts) -> dict[str, Any]:
         "num_shards": len(shards),
         "seconds": [(_STAGE_NAMES.get(stage, stage), s) for stage, s in seconds.items()],
         "peak_memory_bytes": summary.get("peak_memory_bytes"),
-        "recipe": recipe[:MAX_RECIPE_CHARS] + ("\n# … the rest is in recipe.yaml" if len(recipe) > MAX_RECIPE_CHARS else ""),
+        "recipe": shorten(recipe, MAX_RECIPE_CHARS),
         "root_python": repr(run.folder.root),
         "root_shell": shlex.quote(run.folder.root),
         "an_id": next((s.id for samples in facts.samples.values() for s in samples), None),
@@ -149,22 +150,27 @@ def _share(part: int, whole: int) -> float:
     return part / whole if whole else 0.0
 
 
+def _plural(number: int, noun: str) -> str:
+    return f"{count(number)} {noun}{'s' * (number != 1)}"
+
+
 def _tiles(summary: dict[str, Any], facts: Facts, arms: Sequence[ArmPhase]) -> list[Tile]:
     totals, num_sources = _totals(facts), len(facts.sources) + facts.other_sources
-    documents, removed = totals["documents"], facts.dedup.removed
+    documents, discourse, removed = totals["documents"], totals["discourse"], facts.dedup.removed
     read = f", {size(summary['bytes_read'])} read" if summary.get("bytes_read") else ""
     tiles = [
-        Tile(count(documents), "documents", f"{num_sources} source{'s' * (num_sources != 1)}{read}"),
-        Tile(percent(_share(totals["discourse"], documents)), "AI discourse", f"{count(totals['discourse'])} documents"),
+        Tile(count(documents), "documents", f"{_plural(num_sources, 'source')}{read}"),
+        Tile(percent(_share(discourse, documents)), "AI discourse", f"{count(discourse)} documents"),
         Tile(count(removed), "duplicates removed", f"{percent(_share(removed, documents))} of documents"),
         Tile(count(_quarantined(facts)), "records quarantined", "each with its reason"),
     ]
     if arms:
-        num_arms = len({a.arm for a in arms})
-        tiles.append(Tile(count(sum(a.tokens for a in arms)), "tokens written", f"{num_arms} arm{'s' * (num_arms != 1)}"))
+        tokens = sum(row.tokens for row in arms)
+        tiles.append(Tile(count(tokens), "tokens written", _plural(len({row.arm for row in arms}), "arm")))
     if summary.get("seconds"):
-        peak = summary.get("peak_memory_bytes")
-        tiles.append(Tile(duration(sum(summary["seconds"].values())), "in all", f"peak memory {size(peak)}" if peak else ""))
+        peak_bytes = summary.get("peak_memory_bytes")
+        note = f"peak memory {size(peak_bytes)}" if peak_bytes else ""
+        tiles.append(Tile(duration(sum(summary["seconds"].values())), "in all", note))
     return tiles
 
 
@@ -175,7 +181,9 @@ def _flow(facts: Facts, arms: Sequence[ArmPhase], num_shards: int) -> list[Step]
     rejected = _quarantined(facts) - facts.dedup.duplicate_id
     whole = max(1, documents + rejected)
     read, left, dedup = documents / whole, kept / whole, facts.dedup
-    same_id = f", {count(dedup.duplicate_id)} with a source_id seen before" if dedup.duplicate_id else ""
+    removed = f"removed: {count(dedup.exact)} exact, {count(dedup.near)} near"
+    if dedup.duplicate_id:
+        removed += f", {count(dedup.duplicate_id)} with a source_id seen before"
     steps = [
         Step("ingest", count(documents), "documents", f"{count(rejected)} records quarantined", read, read),
         Step(
@@ -187,7 +195,7 @@ def _flow(facts: Facts, arms: Sequence[ArmPhase], num_shards: int) -> list[Step]
             left,
             _share(discourse, documents),
         ),
-        Step("dedup", count(kept), "kept", f"removed: {count(dedup.exact)} exact, {count(dedup.near)} near{same_id}", left),
+        Step("dedup", count(kept), "kept", removed, left),
     ]
     if arms:
         steps += [_mix_step(arms), _tokenise_step(arms, num_shards)]
@@ -202,8 +210,9 @@ def _mix_step(arms: Sequence[ArmPhase]) -> Step:
         inserted[row.arm] = inserted.get(row.arm, 0) + (row.inserted_documents or 0)
     most = max(1, *uses.values())
     bars = tuple(Output(arm, count(n), n / most, _share(inserted[arm], n)) for arm, n in uses.items())
-    note = f"{count(sum(inserted.values()))} inserted; {count(sum(r.dropped_documents or 0 for r in arms))} dropped by rule"
-    return Step("mix", count(len(uses)), f"arm{'s' * (len(uses) != 1)}, documents with repeats", note, bars=bars)
+    dropped = sum(row.dropped_documents or 0 for row in arms)
+    note = f"{count(sum(inserted.values()))} inserted; {count(dropped)} dropped by rule"
+    return Step("mix", count(len(uses)), "arms, documents with repeats", note, bars=bars)
 
 
 def _tokenise_step(arms: Sequence[ArmPhase], num_shards: int) -> Step:
@@ -212,8 +221,8 @@ def _tokenise_step(arms: Sequence[ArmPhase], num_shards: int) -> Step:
         tokens[row.phase] = tokens.get(row.phase, 0) + row.tokens
     most = max(1, *tokens.values())
     bars = tuple(Output(phase, count(n), n / most) for phase, n in tokens.items())
-    files = f"in {count(num_shards)} shard file{'s' * (num_shards != 1)}, each re-read before commit" if num_shards else ""
-    return Step("tokenise", count(sum(tokens.values())), "tokens, all arms by phase", files, bars=bars)
+    note = f"in {_plural(num_shards, 'shard file')}, each re-read before commit" if num_shards else ""
+    return Step("tokenise", count(sum(tokens.values())), "tokens, all arms by phase", note, bars=bars)
 
 
 def _arm_phase(row: dict[str, Any]) -> ArmPhase:

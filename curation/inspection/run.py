@@ -29,9 +29,7 @@ Explain = Callable[[str], Sequence[tuple[int, int, float]]]
 Explainer = Callable[[str], Explain]
 
 # schema.effective_stance and effective_discourse as expressions, so that they stay lazy.
-STANCE = pl.coalesce(
-    pl.col("given_stance"), *[pl.when(pl.col(f"p_{s}") >= STUDENT_P).then(pl.lit(s)) for s in STANCES]
-)
+STANCE = pl.coalesce(pl.col("given_stance"), *[pl.when(pl.col(f"p_{s}") >= STUDENT_P).then(pl.lit(s)) for s in STANCES])
 DISCOURSE = pl.coalesce(pl.col("stance") != "unrelated", pl.col("discourse"))
 
 
@@ -180,4 +178,4 @@ def collect(frame: pl.LazyFrame) -> pl.DataFrame:
         return frame.collect(engine="streaming")
     except (OSError, pl.exceptions.ComputeError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise TilthError(f"a file of the run cannot be read ({reason}): `tilth verify` names what is damaged") from error
+        raise TilthError(f"a file of the run cannot be read ({reason}): ask `tilth verify` what is damaged") from error

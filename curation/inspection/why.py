@@ -67,7 +67,7 @@ class Hit(NamedTuple):
 
 
 class Evidence(NamedTuple):
-    """A stretch of the text and what it adds to the detector's decision for AI discourse."""
+    """A stretch of the text and what it adds to the detector's log-odds of AI discourse."""
 
     start_char: int
     end_char: int
@@ -172,7 +172,8 @@ def look_up(run: "Run", key: str) -> Why:
         return Why(key, None, None, (), (), None, (), 0, (), rejects, ())
     row = collect(run.documents.filter(pl.col("id") == document_id)).row(0, named=True)
     text, source_id = row["text"], row["source_id"]
-    label_row = collect(run.labels.with_columns(effective=DISCOURSE).filter(pl.col("id") == document_id)).row(0, named=True)
+    labels = run.labels.with_columns(effective=DISCOURSE).filter(pl.col("id") == document_id)
+    label_row = collect(labels).row(0, named=True)
     label = _label(label_row)
     evidence, notes = _evidence(run, text)
     cluster = _cluster(run, document_id)
@@ -204,11 +205,11 @@ def _find(run: "Run", key: str) -> str | None:
 
 def _rejects(run: "Run", source_id: str) -> tuple[Reject, ...]:
     rows = collect(run.quarantine.filter(pl.col("source_id") == source_id).head(MAX_USES))
-    rows = rows.sort("source", "file", "position").with_columns(head=pl.col("head").bin.slice(0, 300))
-    return tuple(
-        Reject(r["source"], r["file"], r["position"], r["reason"], r["detail"], (r["head"] or b"").decode(errors="replace"))
-        for r in rows.iter_rows(named=True)
-    )
+    rejects = []
+    for row in rows.sort("source", "file", "position").iter_rows(named=True):
+        head = (row["head"] or b"")[:300].decode(errors="replace")
+        rejects.append(Reject(**{**{field: row[field] for field in Reject._fields}, "head": head}))
+    return tuple(rejects)
 
 
 def _label(row: dict[str, Any]) -> Label:
@@ -255,19 +256,19 @@ def _cluster(run: "Run", document_id: str) -> Cluster | None:
     )
     labels = collect(run.labels.filter(among).select("id", discourse=DISCOURSE))
     rows = members.join(about, on="id", maintain_order="left").join(labels, on="id", maintain_order="left").to_dicts()
-    kept = next((row for row in rows if row["kept"]), rows[0])
     keep = (run.recipe.get("dedup") or {}).get("keep") or ["id"]
     fields = [f for f in Member._fields if f != "lost_by"]
-    found = (
-        Member(**{f: row[f] for f in fields}, lost_by=None if row is kept else lost_by(kept, row, keep)) for row in rows
-    )
-    return Cluster(kept["id"], num_members, tuple(found))
+    kept = rows[0]
+    found = [Member(**{f: row[f] for f in fields}, lost_by=_lost_by(kept, row, keep)) for row in rows]
+    return Cluster(mine["cluster"][0], num_members, tuple(found))
 
 
-def lost_by(kept: dict[str, Any], other: dict[str, Any], keep: Sequence[str]) -> str:
+def _lost_by(kept: dict[str, Any], other: dict[str, Any], keep: Sequence[str]) -> str | None:
     """The rule that kept `kept` and not `other`: `duplicate_id`, `discourse`, or one of `keep`.
     `discourse` only where the order of `keep` alone would have kept the other one."""
-    if other["how"] == "duplicate_id":
+    if other["kept"]:
+        return None
+    if other["how"] == "duplicate_id":  # of a record that may itself have been removed
         return "duplicate_id"
     values = {
         "best_source": lambda row: row["source_rank"],
@@ -304,19 +305,22 @@ def _absences(
 
 
 def _not_taken(role: str, label: Label, arm: dict[str, Any], about: dict[str, Any], phase: str) -> str:
-    def applies(section: dict[str, Any] | None) -> bool:
-        return bool(section) and (not section.get("phases") or phase in section["phases"])  # type: ignore[union-attr]
-
-    upsample = arm.get("upsample")
-    wanted = applies(upsample) and upsample["stance"] == label.stance
-    if role == POOL and not wanted:
-        return "a pool document, and its stance is not up-sampled here"
-    rules = {about.get("drop"), arm["drop"]["rule"] if applies(arm.get("drop")) else None}
-    flagged = {"discourse": label.discourse, "blocklist": label.blocklist}
-    dropped = [rule for rule, is_flagged in flagged.items() if rule in rules and is_flagged]
-    if dropped and role != POOL:
-        return f"dropped by the rule {' and '.join(dropped)}"
+    if role == POOL:
+        if _in_force(arm.get("upsample"), phase).get("stance") != label.stance:
+            return "a pool document, and its stance is not up-sampled here"
+    else:
+        rules = {about.get("drop"), _in_force(arm.get("drop"), phase).get("rule")}
+        flagged = {"discourse": label.discourse, "blocklist": label.blocklist}
+        dropped = [rule for rule, is_flagged in flagged.items() if rule in rules and is_flagged]
+        if dropped:
+            return f"dropped by the rule {' and '.join(dropped)}"
     return "not drawn: the token budget was full before its turn"
+
+
+def _in_force(section: dict[str, Any] | None, phase: str) -> dict[str, Any]:
+    """An arm's `drop` or `upsample` when it holds in `phase` (it may name its phases), else nothing."""
+    section = section or {}
+    return section if phase in (section.get("phases") or [phase]) else {}
 
 
 def _lines(why: Why) -> list[str]:
@@ -331,18 +335,20 @@ def _lines(why: Why) -> list[str]:
 
 def _document_lines(why: Why) -> list[str]:
     document, label = why.document, why.label
-    assert document is not None and label is not None
-    given = f" (given: {label.given_stance})" if label.given_stance else ""
+    assert document is not None
+    assert label is not None
+    place = f"{document.source}, {document.role}; {document.file} at {document.position}"
+    stance = f"{label.stance or 'none'}{' (given)' if label.given_stance else ''}"
     lines = [
         f"Document {document.id}",
-        f"  {document.source}, {document.role}; {document.file} at {document.position}; source_id {document.source_id or '-'}",
+        f"  {place}; source_id {document.source_id or '-'}",
         f"  {document.num_chars:,} characters: {document.start}",
-        f"Stance: {label.stance or 'none'}{given}; AI discourse: {_yes(label.discourse)}; blocklist: {_yes(label.blocklist)}",
+        f"Stance: {stance}; AI discourse: {_yes(label.discourse)}; blocklist: {_yes(label.blocklist)}",
         "  " + "  ".join(f"p({s}) {p:.3f}" for s, p in zip(STANCES, label.probabilities, strict=True)),
         f"Blocklist hits: {label.num_hits:,}" + _shown(len(why.hits), label.num_hits),
     ]
     lines += [f"  {h.start_char:>8}  {h.category}: {h.term}  {_marked(h.quote)}" for h in why.hits]
-    lines.append("fastText evidence (+ towards AI discourse, - away from it):" if why.evidence else "fastText evidence: none")
+    lines.append("fastText evidence, what it adds to the log-odds of AI discourse:" + " none" * (not why.evidence))
     lines += [f"  {e.start_char:>8}  {e.contribution:+.3f}  {_marked(e.quote)}" for e in why.evidence]
     if why.cluster:
         lines += _cluster_lines(why.cluster, document.id)

@@ -11,7 +11,8 @@ import pytest
 import xxhash
 
 from curation.manifest import ARMS, DEDUP, DETECT, DOCUMENTS, QUARANTINE, TOKENS, Part, RunFolder
-from curation.schema import CLUSTER, DOCUMENT, LABEL, PROVENANCE, REJECT, SCHEMA_VERSION, STANCES, TOKENS as TOKENS_SCHEMA
+from curation.schema import CLUSTER, DOCUMENT, LABEL, PROVENANCE, REJECT, SCHEMA_VERSION, STANCES
+from curation.schema import TOKENS as TOKENS_SCHEMA
 
 CATEGORIES = {"takeover": "x_risk", "robot": "entities", "evil": "negative_adjectives", "HAL": "scifi_agents"}
 RECIPE: dict[str, Any] = {
@@ -96,11 +97,12 @@ def _write(
     folder: RunFolder,
     docs: list[Doc],
     rejects: list[dict[str, Any]] | None = None,
-    uses: list[tuple[str, str, int, int, int, int, bool]] | None = None,  # arm, phase, document, start, end, repeat, inserted
+    uses: list[tuple[str, str, int, int, int, int, bool]] | None = None,
     summary: dict[str, Any] | None = None,
     num_parts: int = 2,
     recipe: dict[str, Any] | None = None,
 ) -> Toy:
+    """`uses` are (arm, phase, document's index, start, end, repeat, inserted)."""
     ids = [document_id(doc, i) for i, doc in enumerate(docs)]
     stages: dict[str, list[Part]] = {"ingest": [], "detect": [], "dedup": [], "tokenise": [], "mix": []}
     for k in range(num_parts):
