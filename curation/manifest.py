@@ -14,7 +14,7 @@ import socket
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import pyarrow as pa
 
@@ -163,7 +163,8 @@ class WriterLock:
     Object stores have no lock that outlives nobody: there a marker object is created and removed."""
 
     def __init__(self, run: RunFolder):
-        self._run, self._handle = run, None  # type: tuple[RunFolder, TextIO | None]
+        self._run = run
+        self._handle: TextIO | None = None
 
     def __enter__(self) -> "WriterLock":
         holder = json.dumps({"pid": os.getpid(), "host": socket.gethostname()})

@@ -386,7 +386,9 @@ def _code_point(data: Uint8s, i: int, end: int) -> tuple[int, int]:
     point = lead & (0x7F >> width)
     for j in range(i + 1, i + width):
         point = (point << 6) | (np.int64(data[j]) & 0x3F)
-    return int(min(point, 0x10FFFF)), width
+    if point > 0x10FFFF:
+        return 0xFFFD, 1
+    return point, width  # type: ignore[return-value]  # NumPy to mypy, an integer to numba
 
 
 # Ranges of code points that have properties worth asking for; the rest is Han, private or unassigned.

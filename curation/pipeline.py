@@ -96,6 +96,7 @@ def curate(
     with WriterLock(RunFolder(root)), PeakMemory() as memory, session(workers, address, root) as engine:
         if on_progress:
             engine.on_progress = on_progress
+        storage.sweep(root)
         run = _Run(recipe, RunFolder(root), engine)
         run.event("curate", recipe=recipe.name, tilth=__version__)
         names = _read_and_sign(run, splits, detect_fingerprint)

@@ -193,7 +193,7 @@ def tokenise_part(item: TokenItem) -> Worked:
         clusters = run.read(f"{DEDUP}/{name}.parquet", ["id", "kept"])
         ids, places = tokenise.tokens_table(documents, clusters, _encoder(item.spec))
         files = (
-            run.commit_bytes(f"{TOKENS}/{name}.bin", memoryview(ids).cast("B") if ids.size else b""),
+            run.commit_bytes(f"{TOKENS}/{name}.bin", ids.tobytes()),
             run.commit_table(f"{TOKENS}/{name}.parquet", places),
         )
         run.commit_part(Part(TOKENS, name, item.chain, files, {"tokens": int(ids.size)}))

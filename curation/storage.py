@@ -73,6 +73,14 @@ def remove(path: str) -> None:
         fs.rm(inner, recursive=True)
 
 
+def sweep(folder: str) -> None:
+    """Remove what killed writers left under temporary names. Only for the folder's one writer; object stores
+    have no such leftovers."""
+    if is_local(folder):
+        for path in Path(filesystem(folder)[1]).rglob(".*.tmp"):
+            path.unlink(missing_ok=True)
+
+
 class _Hashing:
     """A write-only file that hashes what goes through it, so that no file is read again for its sha256."""
 
@@ -117,7 +125,7 @@ def commit(path: str, write: Callable[[BinaryIO], object]) -> Committed:
         return hashing.committed()
     target = Path(inner)
     target.parent.mkdir(parents=True, exist_ok=True)
-    # A leading dot and .tmp: never listed as a part; leftovers of a killed process are overwritten or ignored.
+    # A leading dot and .tmp: never listed as a part; `sweep` removes what a kill leaves.
     temporary = target.with_name(f".{target.name}.{os.getpid()}.{uuid.uuid4().hex[:8]}.tmp")
     try:
         with open(temporary, "wb") as handle:

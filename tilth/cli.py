@@ -85,12 +85,14 @@ def verify(
 @detect_app.command("train")
 def detect_train(
     labelled: Annotated[list[str], typer.Argument(help="JSON lines (.gz, .zst) with `text` and `stance`.")],
-    output: Annotated[str, typer.Option("-o", "--output", help="Model to write, .bin or .ftz.")],
+    output: Annotated[
+        str, typer.Option("-o", "--output", help="Model to write, NAME.bin; its card goes beside it as NAME.json.")
+    ],
     seed: Annotated[int, typer.Option(help="Seed of the split and of training.")] = 0,
     as_json: Annotated[bool, typer.Option("--json", help="End with the held-out report as one JSON line.")] = False,
 ) -> None:
     """Train a fastText detector, with a report on documents held out."""
-    from curation.detect.fasttext import train
+    from curation.detect.train import train
     from tilth.terminal import print_detector_report
 
     report = train(labelled, output, seed=seed)

@@ -122,6 +122,19 @@ def print_plan(plan: dict[str, Any]) -> None:
         console.print()
 
 
-def print_detector_report(report: dict[str, Any]) -> None:
+def print_detector_report(card: dict[str, Any]) -> None:
     """Held-out figures of a trained detector."""
-    console.print_json(data=report)
+    report = card["held_out"]
+    figures = ["precision", "recall", "f1"]
+    stances = _table("held out", ["class"], ["documents", *figures])
+    rows = [("AI discourse", report["discourse"], sum(n for s, n in report["documents"].items() if s != "unrelated"))]
+    rows += [(stance, row, report["documents"][stance]) for stance, row in report["stances"].items()]
+    for name, row, documents in rows:
+        stances.add_row(name, f"{documents:,}", *[f"{row[k]:.3f}" for k in figures])
+    thresholds = _table("thresholds of p(discourse)", [], ["threshold", *figures])
+    for row in report["thresholds"]:
+        thresholds.add_row(f"{row['threshold']:g}", *[f"{row[k]:.3f}" for k in figures])
+    for table in (stances, thresholds):
+        console.print(table)
+        console.print()
+    console.print(f"calibration error (ECE) {report['calibration_error']:.3f}")

@@ -23,10 +23,10 @@ def cut(split: Split) -> Iterator[Piece]:
     """Runs of row groups of at least `split_bytes` uncompressed."""
     import pyarrow.parquet as pq
 
-    if split.end == 0:
-        return
     try:
         with reading(split.path) as file, _sound():
+            if split.end == 0:
+                return
             metadata = pq.read_metadata(file)
             _check_text_column(metadata.schema.to_arrow_schema(), split.input.text_key)
     except Broken as broken:
@@ -42,21 +42,28 @@ def cut(split: Split) -> Iterator[Piece]:
 
 
 def parse(split: Split, piece: Piece, rows: Rows) -> int:
-    """Add the rows of a piece's row groups to `rows`. Returns their bytes in Arrow's layout."""
+    """Add the rows of a piece's row groups to `rows`; a corrupt group costs its own rows only.
+    Returns their bytes in Arrow's layout. Raises Broken."""
     import pyarrow.parquet as pq
 
-    position, num_bytes = piece.start, 0
     groups = range(*piece.row_groups)
     if not groups:
         return 0
-    try:
-        with reading(split.path) as file, _sound(), pq.ParquetFile(file) as table:
-            for batch in table.iter_batches(BATCH_ROWS, row_groups=groups):
-                _add_batch(batch, position, split, rows)
-                position += batch.num_rows
-                num_bytes += batch.nbytes
-    except Broken as broken:
-        rows.reject(position, broken.reason, f"from row {position} on, the file {broken.detail}")
+    start, num_bytes = piece.start, 0
+    with reading(split.path) as file, _sound(), pq.ParquetFile(file) as table:
+        for group in groups:
+            num_rows = table.metadata.row_group(group).num_rows
+            position = start
+            try:
+                with _sound():
+                    for batch in table.iter_batches(BATCH_ROWS, row_groups=[group]):
+                        _add_batch(batch, position, split, rows)
+                        position += batch.num_rows
+                        num_bytes += batch.nbytes
+            except Broken as broken:
+                detail = f"rows {position} to {start + num_rows - 1} cannot be read: the file {broken.detail}"
+                rows.reject(position, broken.reason, detail)
+            start += num_rows
     return num_bytes
 
 
@@ -83,7 +90,7 @@ def _check_text_column(schema: pa.Schema, text_key: str) -> None:
 def _add_batch(batch: pa.RecordBatch, start: int, split: Split, rows: Rows) -> None:
     try:
         records: list[dict[str, Any] | Flaw] = batch.to_pylist()
-    except ValueError:
+    except (ValueError, OverflowError):
         records = [_record(batch.slice(k, 1)) for k in range(batch.num_rows)]
     for position, record in enumerate(records, start):
         head = None
@@ -105,6 +112,6 @@ def _record(row: pa.RecordBatch) -> dict[str, Any] | Flaw:
         record: dict[str, Any] = row.to_pylist()[0]
     except UnicodeDecodeError:
         return Flaw("bad_utf8", "a string of the row is not UTF-8")
-    except ValueError as error:  # a date beyond the year 9999
+    except (ValueError, OverflowError) as error:  # a date beyond the year 9999
         return Flaw("bad_json", f"a value of the row has no JSON form: {error}")
     return record

@@ -148,6 +148,8 @@ def _files(entry: Input) -> list[_File]:
         fs, inner = storage.filesystem(entry.path)
         fs.invalidate_cache()  # a listing from earlier in this process may be old
         root, found = _listing(fs, inner, entry)
+        if isinstance(fs, LocalFileSystem):
+            _check_listable(root, inner)
         files = [_file(fs, path, path[len(root) :].lstrip("/")) for path in found]
     except UserError:
         raise
@@ -169,6 +171,20 @@ def _listing(fs: fsspec.AbstractFileSystem, inner: str, entry: Input) -> tuple[s
         fixed = inner[: _GLOB.search(inner).start()]  # type: ignore[union-attr]
         return fixed.rpartition("/")[0], fs.glob(inner)
     raise UserError(f"input {entry.path} of source {entry.source} does not exist: mend its `path`")
+
+
+def _check_listable(root: str, inner: str) -> None:
+    """Raises OSError for a local folder that the input reaches and that may not be listed: fsspec
+    passes over it in silence."""
+
+    def stop(error: OSError) -> None:
+        raise error
+
+    below = inner[len(root) :].strip("/")
+    deepest = None if "**" in below or not below else below.count("/")  # in folders below root; None: all
+    for folder, names, _ in os.walk(root, onerror=stop):
+        if deepest is not None and folder[len(root) :].count("/") >= deepest:
+            names.clear()
 
 
 def _is_wanted(relative: str, entry: Input) -> bool:

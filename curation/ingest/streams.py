@@ -149,21 +149,27 @@ class Window:
 
     def take(self, num_bytes: int) -> bytes:
         """Remove and return the first `num_bytes` of `data`."""
-        taken = bytes(self.data[:num_bytes])
-        del self.data[:num_bytes]
-        self.position += len(taken)
+        with memoryview(self.data) as view:
+            taken = bytes(view[:num_bytes])
+        self._discard(num_bytes)
         return taken
 
     def drop(self, num_bytes: int) -> None:
         """Pass over `num_bytes`, keeping no more than a block of them."""
         while num_bytes and (self.data or self.more()):
-            num_bytes -= len(self.take(min(num_bytes, len(self.data))))
+            present = min(num_bytes, len(self.data))
+            self._discard(present)
+            num_bytes -= present
 
     def drop_to(self, needle: bytes) -> None:
         """Pass over all before the next `needle`, or to the end, keeping no more than a block."""
         while (found := self.data.find(needle)) < 0:
-            self.take(max(len(self.data) - len(needle) + 1, 0))
+            self._discard(max(len(self.data) - len(needle) + 1, 0))
             if not self.more():
                 found = len(self.data)
                 break
-        self.take(found)
+        self._discard(found)
+
+    def _discard(self, num_bytes: int) -> None:
+        del self.data[:num_bytes]
+        self.position += num_bytes

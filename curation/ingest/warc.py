@@ -9,6 +9,7 @@ does; WET is UTF-8 or `bad_utf8`. Responses without a text to extract (HTTP stat
 2xx, images) are quarantined as `missing_text`. A dictionary in a .warc.zst is not supported.
 """
 
+import contextlib
 import io
 import re
 from collections.abc import Iterator
@@ -23,6 +24,7 @@ from curation.schema import REJECT_HEAD_BYTES
 WANTED = (b"response", b"conversion")
 MAX_HEADER_BYTES = 1 << 20
 _MAGIC = b"WARC/"
+_NEXT = b"\n" + _MAGIC  # where reading goes on behind what is no record
 _HEADER_END = b"\r\n\r\n"
 _LENGTH = re.compile(rb"^content-length:[ \t]*(\d+)[ \t]*\r?$", re.IGNORECASE | re.MULTILINE)
 _KIND = re.compile(rb"^warc-type:[ \t]*(\S+)[ \t]*\r?$", re.IGNORECASE | re.MULTILINE)
@@ -62,7 +64,7 @@ def cut_records(window: Window, split_bytes: int, max_document_bytes: int) -> It
             if record:
                 window.drop(record.end - begin)
             else:
-                window.drop_to(b"\n" + _MAGIC)
+                window.drop_to(_NEXT)
         whole = 0
     rest = data[whole:].lstrip(b"\r\n")
     position = window.position + len(data) - len(rest)
@@ -77,7 +79,9 @@ def cut_records(window: Window, split_bytes: int, max_document_bytes: int) -> It
 
 def _passed_over(window: Window, record: Record | None, begin: int, max_document_bytes: int) -> Reject | None:
     """What to say of bytes that no piece will hold; None for a long record that is not a document."""
-    position, head = window.position + begin, bytes(window.data[begin : begin + REJECT_HEAD_BYTES])
+    most = begin + REJECT_HEAD_BYTES
+    end = record.end if record else window.data.find(_NEXT, begin, most) + 1
+    position, head = window.position + begin, bytes(window.data[begin : min(end or most, most)])
     if record:
         return Reject.oversize(position, head, max_document_bytes) if record.is_wanted else None
     if position == 0:
@@ -109,7 +113,7 @@ def _record(data: bytes | bytearray, begin: int, header_end: int) -> Record | No
 def parse(split: Split, piece: Piece, rows: Rows) -> int:
     """Add the documents of a piece to `rows`. Returns the bytes parsed."""
     data = piece.payload or b""
-    begin = 0
+    begin = _past_line_ends(data, 0)
     while record := _record(data, begin, data.find(_HEADER_END, begin)):
         if record.is_wanted:
             raw = data[begin : record.end]
@@ -117,10 +121,14 @@ def parse(split: Split, piece: Piece, rows: Rows) -> int:
                 _add(raw, piece.start + begin, rows)
             except Flaw as flaw:
                 rows.reject_flaw(piece.start + begin, flaw, raw)
-        begin = record.end
-        while data[begin : begin + 1] in (b"\r", b"\n"):
-            begin += 1
+        begin = _past_line_ends(data, record.end)
     return len(data)
+
+
+def _past_line_ends(data: bytes, at: int) -> int:
+    while data[at : at + 1] in (b"\r", b"\n"):
+        at += 1
+    return at
 
 
 def _add(raw: bytes, position: int, rows: Rows) -> None:
@@ -176,11 +184,21 @@ def _media_type(record: Any) -> str:
 
 
 def _decoded_page(body: bytes, charset: str | None) -> str:
-    """The page by its stated charset, else by what it states or looks like."""
-    from resiliparse.parse.encoding import bytes_to_str, detect_encoding
+    """The page by the charset of its HTTP header, else by what it states or looks like."""
+    from resiliparse.parse.encoding import bytes_to_str
 
-    looks_like: str = detect_encoding(body, from_html_meta=True) or "utf-8"
     try:
-        return bytes_to_str(body, charset or looks_like)
+        return bytes_to_str(body, charset or _guessed_charset(body))
     except LookupError:  # a charset that nobody knows
-        return bytes_to_str(body, looks_like)
+        return bytes_to_str(body, _guessed_charset(body))
+
+
+def _guessed_charset(body: bytes) -> str:
+    """What is not ASCII and is sound UTF-8 is UTF-8: of short pages, detectors think otherwise."""
+    from resiliparse.parse.encoding import detect_encoding
+
+    if not body.isascii():
+        with contextlib.suppress(UnicodeDecodeError):
+            body.decode()
+            return "utf-8"
+    return detect_encoding(body, from_html_meta=True) or "utf-8"

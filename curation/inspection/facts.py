@@ -245,18 +245,24 @@ def _reject(run: Run, reason: str, records: int) -> Rejects:
 def _samples(run: Run, stance: str) -> list[Sample]:
     samples = []
     for row in run.sample(stance, MAX_SAMPLES).iter_rows(named=True):
-        pieces = excerpt(row["text"], _spans(run, row["text"], row["hits"] or []), EXCERPT_CHARS)
+        text = row["text"]
+        # What little speaks for AI discourse in a document that is none would only mislead.
+        spans = _term_spans(text, row["hits"] or []) + (_evidence_spans(run, text) if row["discourse"] else [])
+        pieces = excerpt(text, spans, EXCERPT_CHARS)
         samples.append(Sample(row["id"], row["source"], row["given_stance"] is not None, row[f"p_{stance}"], pieces))
     return samples
 
 
-def _spans(run: Run, text: str, hits: list[dict[str, Any]]) -> list[Span]:
-    """Blocklist terms, and the ten stretches that speak most for AI discourse."""
+def _term_spans(text: str, hits: list[dict[str, Any]]) -> list[Span]:
     starts = char_offsets(text, [hit["offset"] for hit in hits]) if hits else []
-    spans = [term_span(text, start, hit["term"]) for hit, start in zip(hits, starts, strict=True)]
+    return [term_span(text, start, hit["term"]) for hit, start in zip(hits, starts, strict=True)]
+
+
+def _evidence_spans(run: Run, text: str) -> list[Span]:
+    """The ten stretches that speak most for AI discourse; none where there is no detector to ask."""
     try:
         evidence = run.explain(text) if run.explain else ()
-    except TilthError:  # a model that is gone spoils no report: the excerpts are then marked by terms only
-        evidence = ()
+    except TilthError:  # a model that is gone spoils no report
+        return []
     towards = sorted((span for span in evidence if span[2] > 0), key=lambda span: (-span[2], span[0], span[1]))
-    return spans + [Span(a, b, "evidence") for a, b, _ in towards[:10]]
+    return [Span(start, end, "evidence") for start, end, _ in towards[:10]]

@@ -67,11 +67,13 @@ class Hit(NamedTuple):
 
 
 class Evidence(NamedTuple):
-    """A stretch of the text and what it adds to the detector's log-odds of AI discourse."""
+    """Words of the text and what they add to the detector's log-odds of AI discourse, summed over
+    `occurrences`; the place is the strongest one's."""
 
     start_char: int
     end_char: int
     contribution: float
+    occurrences: int
     quote: Quote
 
 
@@ -99,6 +101,11 @@ class Cluster(NamedTuple):
     kept_id: str
     num_members: int
     members: tuple[Member, ...]
+
+    @property
+    def alone(self) -> bool:
+        """Whether the document has no duplicates."""
+        return self.num_members == 1 and self.members[0].kept
 
 
 class Use(NamedTuple):
@@ -229,7 +236,7 @@ def _hits(text: str, rows: Sequence[dict[str, Any]]) -> tuple[Hit, ...]:
 
 
 def _evidence(run: "Run", text: str) -> tuple[tuple[Evidence, ...], tuple[str, ...]]:
-    """The strongest spans, for or against, and notes on what is missing."""
+    """The strongest words, for or against, each once, and notes on what is missing."""
     try:
         explain = run.explain
         spans = explain(text) if explain else ()
@@ -237,8 +244,15 @@ def _evidence(run: "Run", text: str) -> tuple[tuple[Evidence, ...], tuple[str, .
         return (), (f"no fastText evidence: {error}",)
     if explain is None:
         return (), ("no fastText evidence: the run was opened without a detector (use curation.open_run)",)
-    strongest = sorted(spans, key=lambda span: (-abs(span[2]), span[0], span[1]))[:MAX_EVIDENCE]
-    return tuple(Evidence(a, b, float(c), quote(text, a, b, 30)) for a, b, c in strongest), ()
+    groups: dict[str, list[tuple[int, int, float]]] = {}
+    for a, b, contribution in sorted(spans, key=lambda span: (-abs(span[2]), span[0], span[1])):
+        groups.setdefault(one_line(text[a:b]).casefold(), []).append((a, b, contribution))
+    found = [
+        Evidence(a, b, sum(float(c) for _, _, c in group), len(group), quote(text, a, b, 30))
+        for group in groups.values()
+        for a, b, _ in group[:1]
+    ]
+    return tuple(sorted(found, key=lambda e: (-abs(e.contribution), e.start_char))[:MAX_EVIDENCE]), ()
 
 
 def _cluster(run: "Run", document_id: str) -> Cluster | None:
@@ -348,8 +362,13 @@ def _document_lines(why: Why) -> list[str]:
         f"Blocklist hits: {label.num_hits:,}" + _shown(len(why.hits), label.num_hits),
     ]
     lines += [f"  {h.start_char:>8}  {h.category}: {h.term}  {_marked(h.quote)}" for h in why.hits]
-    lines.append("fastText evidence, what it adds to the log-odds of AI discourse:" + " none" * (not why.evidence))
-    lines += [f"  {e.start_char:>8}  {e.contribution:+.3f}  {_marked(e.quote)}" for e in why.evidence]
+    lines.append(
+        "fastText evidence, its sum in the log-odds of AI discourse and in how many places:"
+        + " none" * (not why.evidence)
+    )
+    lines += [
+        f"  {e.start_char:>8}  {e.contribution:+.3f} in {e.occurrences}  {_marked(e.quote)}" for e in why.evidence
+    ]
     if why.cluster:
         lines += _cluster_lines(why.cluster, document.id)
     lines.append(f"Uses in arms: {why.num_uses:,}" + _shown(len(why.uses), why.num_uses))
@@ -362,7 +381,7 @@ def _document_lines(why: Why) -> list[str]:
 
 
 def _cluster_lines(cluster: Cluster, document_id: str) -> list[str]:
-    if cluster.num_members == 1:
+    if cluster.alone:
         return ["Cluster: no duplicates"]
     lines = [f"Cluster: {cluster.num_members:,} documents" + _shown(len(cluster.members), cluster.num_members)]
     for member in cluster.members:

@@ -61,9 +61,7 @@ def candidates(run: RunFolder, name: str) -> pl.DataFrame:
             "kept": kept["kept"],
         }
     )
-    frame = pl.from_arrow(table)
-    assert isinstance(frame, pl.DataFrame)
-    frame = frame.filter("kept").drop("kept")
+    frame = pl.DataFrame(table).filter("kept").drop("kept")
     return frame.with_columns(category(frame))
 
 
@@ -327,12 +325,13 @@ def cut_to_budget(plan: Sequence[ArmPhase], shards: Sequence[int], shard_tokens:
 
 def shard_rows(item: ShardItem) -> pl.DataFrame:
     """The rows of a shard in emission order, the last one cut at `limit` tokens."""
-    frames = [pl.from_arrow(_read_shard(item.run.path(WORK, f"{name}.parquet"), item.shard)) for name in item.names]
-    rows = pl.concat(frames).sort("order", "id", "repeat", "inserted")  # type: ignore[type-var]
+    paths = [item.run.path(WORK, f"{name}.parquet") for name in item.names]
+    rows = pl.DataFrame(pa.concat_tables([_read_shard(path, item.shard) for path in paths]))
+    rows = rows.sort("order", "id", "repeat", "inserted")
     ends = rows["num_tokens"].cast(pl.Int64).cum_sum()
     before = ends - rows["num_tokens"]
     rows = rows.with_columns(num_tokens=pl.min_horizontal(rows["num_tokens"].cast(pl.Int64), item.limit - before))
-    return rows.filter(before < item.limit)  # type: ignore[return-value]
+    return rows.filter(before < item.limit)
 
 
 def _read_shard(path: str, shard: int) -> pa.Table:

@@ -8,6 +8,7 @@ import time
 import urllib.request
 from pathlib import Path
 
+import psutil
 import pytest
 from flow_helpers import shard_hashes, tilth
 
@@ -40,8 +41,12 @@ def head(tmp_path_factory):
             assert process.poll() is None, "ray start ended"
             time.sleep(0.25)
     yield address, environment
+    everyone = [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]
     process.terminate()
-    process.wait(timeout=30)
+    _, alive = psutil.wait_procs(everyone, timeout=10)
+    for left in alive:
+        left.kill()
+    process.wait(timeout=10)
 
 
 def submit(root, recipe, run, address, environment):

@@ -25,17 +25,17 @@ def test_hits_have_byte_and_character_offsets_and_the_text_around(write_run: Wri
 
 
 def test_the_explainer_gets_the_recipes_model_once_and_only_when_asked(write_run: WriteRun, doc: type) -> None:
-    toy, asked = write_run([doc("a robot"), doc("b")]), []
+    toy, asked = write_run([doc("a robot A"), doc("b")]), []
 
     def explainer(model: str) -> Any:
         asked.append(model)
-        return lambda text: [(0, 1, 0.5), (2, 7, 2.0)] if len(text) > 1 else []
+        return lambda text: [(0, 1, 0.5), (2, 7, 2.0), (8, 9, 0.75)] if len(text) > 1 else []
 
     run = open_run(toy.root, explainer)
     assert asked == []
     assert run.why(toy.ids[0]).evidence == (
-        Evidence(2, 7, 2.0, ("a ", "robot", "")),
-        Evidence(0, 1, 0.5, ("", "a", " robot")),
+        Evidence(2, 7, 2.0, 1, ("a ", "robot", " A")),
+        Evidence(8, 9, 1.25, 2, ("a robot ", "A", "")),  # a word is listed once, with its sum
     )
     assert run.why(toy.ids[1]).evidence == ()
     assert asked == ["default"]
