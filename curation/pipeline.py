@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from curation import dedup, detect, ingest, steps, storage, tokenise
+from curation.detect.fasttext import Detector
 from curation.engine import Engine, session
 from curation.manifest import (
     ARMS,
@@ -324,8 +325,8 @@ def _finish(run: _Run, spec: TokenizerSpec, memory: PeakMemory) -> dict[str, Any
     with run.stage("report"):
         storage.commit_bytes(run.folder.path("recipe.yaml"), _recipe_yaml(run.recipe))
         cards.write_cards(run.folder, manifest)
-        storage.commit_bytes(run.folder.path("manifest.json"), json.dumps(manifest, indent=1, sort_keys=True).encode())
-        report.write_report(run.folder, manifest)
+        storage.commit_bytes(run.folder.path("manifest.json"), json.dumps(manifest, indent=1).encode())
+        report.write_report(run.folder, manifest, lambda model: Detector.load(model).explain)
     run.event("done", exit_code=summary["exit_code"])
     manifest["summary"]["seconds"]["report"] = round(run.seconds["report"], 2)
     return dict(manifest["summary"])

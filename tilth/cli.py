@@ -144,7 +144,7 @@ def _say(text: str) -> None:
 
 def _print_json(value: Any, wanted: bool) -> None:
     if wanted:
-        print(json.dumps(value, sort_keys=True, default=str))
+        print(json.dumps(value))
 
 
 def main() -> None:

@@ -48,7 +48,6 @@ def cut_lines(window: Window, split_bytes: int, max_document_bytes: int) -> Iter
             oversize = Reject.oversize(window.position + begin, head, max_document_bytes)
             yield Piece(window.position, window.take(begin), reject=oversize)
             window.drop_to(b"\n")
-            window.drop(1)
         else:
             break
     whole = len(data) if window.broken is None else data.rfind(b"\n") + 1

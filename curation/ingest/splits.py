@@ -7,6 +7,7 @@ task's work (`cutting`), not the driver's. The most bytes of a part depend on th
 size: small files still make a few parts, large ones do not make many.
 """
 
+import errno
 import importlib.util
 import os
 import re
@@ -174,8 +175,8 @@ def _listing(fs: fsspec.AbstractFileSystem, inner: str, entry: Input) -> tuple[s
 
 
 def _check_listable(root: str, inner: str) -> None:
-    """Raises OSError for a local folder that the input reaches and that may not be listed: fsspec
-    passes over it in silence."""
+    """Raises OSError for a local folder that the input reaches and that may not be listed or
+    entered: fsspec passes over it, or over its files, in silence."""
 
     def stop(error: OSError) -> None:
         raise error
@@ -183,6 +184,8 @@ def _check_listable(root: str, inner: str) -> None:
     below = inner[len(root) :].strip("/")
     deepest = None if "**" in below or not below else below.count("/")  # in folders below root; None: all
     for folder, names, _ in os.walk(root, onerror=stop):
+        if not os.access(folder, os.X_OK):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), folder)
         if deepest is not None and folder[len(root) :].count("/") >= deepest:
             names.clear()
 

@@ -122,7 +122,7 @@ def differences(left: str, right: str, max_words: int) -> tuple[list[Piece], lis
     # Longer words are broken: text without spaces must neither be one difference nor fill the page.
     a, b = (re.findall(r"\S{1,40}", text[:_COMPARED_CHARS]) for text in (left, right))
     same = next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
-    start = max(0, same - 12)
+    start = max(0, same - 12) if a != b else 0
     a_shown, b_shown = a[start : start + max_words], b[start : start + max_words]
     sides: tuple[list[Piece], list[Piece]] = ([], [])
     # autojunk would call frequent words junk and mark half the text.

@@ -125,6 +125,9 @@ def _view(run: Run, facts: Facts) -> dict[str, Any]:
         "histogram": _histogram(facts.histogram),
         "threshold": (detect.get("fasttext") or {}).get("threshold"),
         "verify": (run.recipe.get("dedup") or {}).get("verify"),
+        "has_evidence": any(
+            piece.kind == "evidence" for samples in facts.samples.values() for s in samples for piece in s.pieces
+        ),
         "arms": arms,
         "shards": shards[:MAX_SHARDS],
         "num_shards": len(shards),

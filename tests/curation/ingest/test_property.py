@@ -63,7 +63,7 @@ def expected(encoded: list[bytes], given_lines: list[Line], name: str) -> tuple[
     return documents, rejects
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     given_lines=st.lists(lines, max_size=8),
     split_bytes=st.integers(1, 200),
@@ -84,5 +84,5 @@ def test_every_record_once(read: Read, given_lines: list[Line], split_bytes: int
             of_records = [r["position"] for r in reading.rejects if r["reason"] == "empty_text"]
             assert of_records == rejects
             assert reading.num_records == len(documents) + len(rejects)
-            assert set(reading.reasons) <= {"empty_text", "empty_file"}
+            assert set(reading.reasons) <= ({"empty_text"} if reading.num_records else {"empty_file"})
             assert len({chunk.name for chunk in reading.chunks}) == len(reading.chunks)

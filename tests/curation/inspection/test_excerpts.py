@@ -94,6 +94,8 @@ def test_differences_marks_words_of_one_side() -> None:
 def test_differences_of_equal_texts_marks_nothing_and_long_ones_start_near_the_first() -> None:
     assert differences("a b", "a b", 50) == ([Piece("a b")], [Piece("a b")])
     head = [f"w{i}" for i in range(1000)]
+    same, _ = differences(" ".join(head), " ".join(head), 20)
+    assert same == [Piece(" ".join(head[:20])), Piece("…")]
     left, right = differences(" ".join([*head, "x", *head]), " ".join([*head, "y", *head]), 20)
     assert left[:3] == [Piece("…"), Piece(" ".join(head[-12:])), Piece("x", "differs")]
     assert right[2] == Piece("y", "differs")
