@@ -9,7 +9,7 @@ import os
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -103,7 +103,7 @@ def curate(
         names = _read_and_sign(run, splits, detect_fingerprint)
         _dedup(run, names)
         spec = _tokenise(run, names, spec)
-        _mix(run, names, spec)
+        _mix(run, spec)
         for warning in run.warnings:
             say(f"warning: {warning}")
         return _finish(run, spec, memory)
@@ -189,7 +189,7 @@ def _tokenise(run: _Run, names: list[str], spec: TokenizerSpec) -> TokenizerSpec
     return spec
 
 
-def _mix(run: _Run, names: list[str], spec: TokenizerSpec) -> None:
+def _mix(run: _Run, spec: TokenizerSpec) -> None:
     """Plan the arms and write their shards, or find them done."""
     recipe, folder = run.recipe, run.folder
     tokens = recipe.tokenise.shard_tokens
@@ -208,11 +208,14 @@ def _mix(run: _Run, names: list[str], spec: TokenizerSpec) -> None:
         if done and all(folder.current(place, name, chain) for place, name in done.about["shards"]):
             run.record("mix", [done, *(_part(folder, place, name) for place, name in done.about["shards"])])
             return
-        supply = arms.MappedSupply(folder, names, recipe.seed, run.engine.map)
-        plan = arms.make_plan(recipe.mix, supply)
+        sizes = {part["name"]: part["counts"]["documents"] for part in run.stages["ingest"]["parts"]}
+        batches = arms.batches(folder, sizes, recipe.seed)
+        for _ in run.engine.map(arms.gather, batches, "gather"):
+            pass
+        plan = arms.make_plan(recipe.mix, arms.MappedSupply(batches, run.engine.map))
         counts = arms.shard_counts(plan, tokens)
-        stats, limits = _select(run, names, plan, counts)
-        items = _shard_items(folder, names, plan, counts, limits, chain, recipe.tokenise.formats, spec)
+        stats, limits = _select(run, batches, plan, counts)
+        items = _shard_items(batches, plan, counts, limits, chain, recipe.tokenise.formats, spec)
         written = list(run.engine.map(steps.write_shard, items, "write shards"))
         places = sorted((part.folder, part.name) for part in written)
         _drop_other_shards(folder, places)
@@ -222,12 +225,14 @@ def _mix(run: _Run, names: list[str], spec: TokenizerSpec) -> None:
         run.record("mix", [done, *sorted(written, key=lambda part: (part.folder, part.name))])
 
 
-def _select(run: _Run, names: list[str], plan: list[ArmPhase], counts: tuple[int, ...]) -> tuple[np.ndarray, list[int]]:
-    """Write every part's rows; sums over parts: stats of each arm-phase, and the tokens to keep of each shard."""
+def _select(
+    run: _Run, batches: list[arms.Batch], plan: list[ArmPhase], counts: tuple[int, ...]
+) -> tuple[np.ndarray, list[int]]:
+    """Write every batch's rows; sums over batches: stats of each arm-phase, and the tokens to keep of each shard."""
     shard_tokens = np.zeros(sum(counts), np.int64)
     stats = np.zeros((len(plan), len(arms.STATS)), np.int64)
-    items = [arms.PartItem(run.folder, name, run.recipe.seed, plan=tuple(plan), shards=counts) for name in names]
-    for selected in run.engine.map(arms.select_part, items, "select"):
+    items = [replace(batch, plan=tuple(plan), shards=counts) for batch in batches]
+    for selected in run.engine.map(arms.select_rows, items, "select"):
         shard_tokens += selected["shard_tokens"]
         most = np.maximum(stats[:, -1], selected["stats"][:, -1])
         stats += selected["stats"]
@@ -236,8 +241,7 @@ def _select(run: _Run, names: list[str], plan: list[ArmPhase], counts: tuple[int
 
 
 def _shard_items(
-    folder: RunFolder,
-    names: list[str],
+    batches: list[arms.Batch],
     plan: list[ArmPhase],
     counts: tuple[int, ...],
     limits: list[int],
@@ -250,7 +254,7 @@ def _shard_items(
         place = steps.arm_folder(arm_phase.arm, arm_phase.phase)
         for k in range(count):
             if limits[shard]:
-                rows = arms.ShardItem(folder, tuple(names), shard, limits[shard])
+                rows = arms.ShardItem(batches[0].run, tuple(batches), shard, limits[shard])
                 items.append(steps.WriteShard(rows, place, f"{k:05d}", chain, formats, spec))
             shard += 1
     return items

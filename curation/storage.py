@@ -167,6 +167,24 @@ def read_table(path: str, columns: list[str] | None = None) -> pa.Table:
         return pq.read_table(handle, columns=columns)
 
 
+def commit_ipc(path: str, table: pa.Table) -> Committed:
+    """Write `table` as an uncompressed Arrow IPC file, for readers that map it and touch few rows."""
+
+    def write(handle: BinaryIO) -> None:
+        with pa.ipc.new_file(handle, table.schema) as writer:
+            writer.write_table(table.combine_chunks())
+
+    return commit(path, write)
+
+
+def read_ipc(path: str) -> pa.Table:
+    """A table of `commit_ipc`, mapped when the file is local."""
+    fs, inner = filesystem(path)
+    if isinstance(fs, LocalFileSystem):
+        return pa.ipc.open_file(pa.memory_map(inner)).read_all()
+    return pa.ipc.open_file(pa.BufferReader(fs.cat_file(inner))).read_all()
+
+
 def file_sha256(path: str) -> Committed:
     """Hash a file as it is now."""
     sha, size = hashlib.sha256(), 0

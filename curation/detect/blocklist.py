@@ -3,8 +3,9 @@
 A category's rule is `instant` (any hit flags the document) or one side of a co-occurrence: at
 least one `entity` hit AND at least one `negative` hit anywhere in the document. Every hit is
 recorded, also those of one side alone. Texts and terms go through `normalise`, so that matching
-ignores case and punctuation (`self-aware` = `Self aware`, `A.I.` = `ai`), and word boundaries
-are the spaces that each pattern carries at both ends. Such a pass over ` term ` patterns costs
+ignores case and punctuation (`self-aware` = `Self aware`, `A.I.` = `ai`); runs of spaces are squeezed
+to one, so that a term may be broken over lines; and word boundaries are the spaces that each
+pattern carries at both ends. Such a pass over ` term ` patterns costs
 half of matching bare terms and checking boundaries afterwards, since short terms (`ai`) occur
 inside many words (`said`).
 
@@ -22,6 +23,7 @@ import numpy as np
 import pyarrow as pa
 import yaml
 from ahocorasick_rs import BytesAhoCorasick, Implementation
+from numba import njit
 
 from curation import manifest, storage
 from curation.detect.normalise import normalise, normalise_text
@@ -30,6 +32,7 @@ from curation.schema import HIT
 
 RULES = ("instant", "entity", "negative")
 INDEX = "blocklist.yaml"
+_SPACE = np.uint8(32)
 _DEFAULT = Path(__file__).parent / "blocklists" / "default"
 
 
@@ -62,19 +65,25 @@ class Blocklist:
     def scan(self, texts: pa.Array) -> tuple[np.ndarray, pa.ListArray]:
         """For each text whether it is flagged (bool[n]), and its hits (list<schema.HIT>) in order
         of offset, in UTF-8 bytes from the start of the text."""
-        found = [self._automaton.find_matches_as_indexes(d, overlapping=True) for d in _padded(texts)]
+        normalised = normalise(texts)
+        squeezed, bounds = _squeeze(*normalised)
+        whole = squeezed.tobytes()
+        found = [
+            self._automaton.find_matches_as_indexes(whole[a:b], overlapping=True)
+            for a, b in zip(bounds[:-1], bounds[1:], strict=True)
+        ]
         counts = np.fromiter(map(len, found), np.int64, len(found))
         flat = np.fromiter(chain.from_iterable(chain.from_iterable(found)), np.int64, 3 * counts.sum()).reshape(-1, 3)
         documents, term_of, starts = np.repeat(np.arange(len(found)), counts), flat[:, 0], flat[:, 1]
         order = np.lexsort((term_of, starts, documents))
         term_of, starts = term_of[order], starts[order]
-        # A pattern begins with the space before its term, which is also the padding before the document.
+        offsets = _unsqueezed(*normalised, documents, starts)
         hits = pa.StructArray.from_arrays(
-            [self._term_names.take(pa.array(term_of)), self._categories.take(pa.array(term_of)), pa.array(starts)],
+            [self._term_names.take(pa.array(term_of)), self._categories.take(pa.array(term_of)), pa.array(offsets)],
             fields=list(HIT),
         )
-        bounds = pa.array(np.concatenate([[0], np.cumsum(counts)]), pa.int32())
-        return self._flags(documents, term_of, len(found)), pa.ListArray.from_arrays(bounds, hits)
+        hit_bounds = pa.array(np.concatenate([[0], np.cumsum(counts)]), pa.int32())
+        return self._flags(documents, term_of, len(found)), pa.ListArray.from_arrays(hit_bounds, hits)
 
     def _flags(self, documents: np.ndarray, term_of: np.ndarray, num_documents: int) -> np.ndarray:
         seen = np.zeros((num_documents, len(RULES)), dtype=bool)
@@ -83,11 +92,44 @@ class Blocklist:
         return instant | (entity & negative)
 
 
-def _padded(texts: pa.Array) -> list[bytes]:
-    """Each normalised text between two spaces, so that its first and last word have boundaries too."""
-    data, offsets = normalise(texts)
-    whole = data.tobytes()
-    return [b" %b " % whole[a:b] for a, b in zip(offsets[:-1], offsets[1:], strict=True)]
+@njit(cache=True, nogil=True)
+def _squeeze(data: np.ndarray, offsets: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Each document's words between single spaces, with one before the first and after the last."""
+    num_documents = len(offsets) - 1
+    out = np.empty(len(data) + 2 * num_documents, dtype=np.uint8)
+    bounds = np.zeros(num_documents + 1, dtype=np.int64)
+    to = 0
+    for document in range(num_documents):
+        out[to] = _SPACE
+        to += 1
+        for at in range(offsets[document], offsets[document + 1]):
+            if data[at] != _SPACE or out[to - 1] != _SPACE:
+                out[to] = data[at]
+                to += 1
+        if out[to - 1] != _SPACE:
+            out[to] = _SPACE
+            to += 1
+        bounds[document + 1] = to
+    return out[:to], bounds
+
+
+@njit(cache=True, nogil=True)
+def _unsqueezed(data: np.ndarray, offsets: np.ndarray, documents: np.ndarray, starts: np.ndarray) -> np.ndarray:
+    """The byte offset in its document of the word after each squeezed position `starts`, which is
+    that of a space. Hits are ordered by document and position, so one walk a document is enough."""
+    found = np.empty(len(starts), dtype=np.int64)
+    walked, at, position, before = -1, 0, 0, _SPACE
+    for hit in range(len(starts)):
+        if documents[hit] != walked:
+            walked, at, position, before = documents[hit], offsets[documents[hit]], 0, _SPACE
+        # `position` counts the squeezed bytes before data[at]; the first is the padding.
+        while data[at] == _SPACE or position != starts[hit]:
+            if data[at] != _SPACE or before != _SPACE:
+                position += 1
+            before = data[at]
+            at += 1
+        found[hit] = at - offsets[documents[hit]]
+    return found
 
 
 def _patterns(terms: tuple[Term, ...]) -> list[bytes]:

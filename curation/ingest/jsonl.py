@@ -16,8 +16,8 @@ from typing import Any
 
 import orjson
 
-from curation.ingest.pieces import Piece, Reject
-from curation.ingest.rows import Flaw, Rows
+from curation.ingest.pieces import Piece
+from curation.ingest.rows import Flaw, Reject, Rows
 from curation.ingest.splits import Split
 from curation.ingest.streams import Window, blocks, reading
 from curation.recipe import Input
@@ -45,7 +45,7 @@ def cut_lines(window: Window, split_bytes: int, max_document_bytes: int) -> Iter
             yield Piece(window.position, window.take(end + 1))
         elif len(data) > most:
             head = data[begin : begin + REJECT_HEAD_BYTES]
-            oversize = Reject.oversize(window.position + begin, head, max_document_bytes)
+            oversize = Reject.of_flaw(Flaw.oversize(max_document_bytes), window.position + begin, head)
             yield Piece(window.position, window.take(begin), reject=oversize)
             window.drop_to(b"\n")
         else:
@@ -60,19 +60,19 @@ def cut_lines(window: Window, split_bytes: int, max_document_bytes: int) -> Iter
 
 def parse(split: Split, piece: Piece, rows: Rows) -> int:
     """Add the records of a piece to `rows`. Returns the bytes parsed. Raises Broken."""
-    reject = None
-    if piece.payload is None:
-        piece = read_range(split)
-        reject = piece.reject
-    data = piece.payload or b""
-    parse_lines(data, piece.start, split, rows)
-    if reject:
-        rows.reject(reject.position, reject.reason, reject.detail, reject.head)
+    if piece.payload is not None:
+        parse_lines(piece.payload, piece.start, split, rows)
+        return len(piece.payload)
+    start, data, oversize = read_range(split)
+    parse_lines(data, start, split, rows)
+    if oversize:
+        rows.reject(oversize)
     return len(data)
 
 
-def read_range(split: Split) -> Piece:
-    """The lines of a plain file that begin in the split's byte range. Raises Broken."""
+def read_range(split: Split) -> tuple[int, bytes, Reject | None]:
+    """(start, lines, the last one where it is oversize) that begin in the split's byte range.
+    Raises Broken."""
     limit = split.max_document_bytes
     with reading(split.path) as file:
         # From one byte earlier: a line end there means that a line begins with the range.
@@ -81,7 +81,7 @@ def read_range(split: Split) -> Piece:
         data = file.read(split.end - lead)
         first = data.find(b"\n") + 1 if split.start else 0
         if split.start and not first:
-            return Piece(split.end, b"")
+            return split.end, b"", None
         start = lead + first
         begin = data.rfind(b"\n") + 1  # of the line that goes on behind the range
         parts, length = [data[first:]], len(data) - begin
@@ -92,9 +92,9 @@ def read_range(split: Split) -> Piece:
             parts.append(tail[: end + 1] if ended else tail)
             length += end if ended else len(tail)
         if length > limit:
-            reject = Reject.oversize(lead + begin, b"".join(parts)[begin - first :], limit)
-            return Piece(start, data[first:begin], reject=reject)
-        return Piece(start, b"".join(parts))
+            head = b"".join([data[begin : begin + REJECT_HEAD_BYTES], *parts[1:2]])
+            return start, data[first:begin], Reject.of_flaw(Flaw.oversize(limit), lead + begin, head)
+        return start, b"".join(parts), None
 
 
 def parse_lines(data: bytes, start: int, split: Split, rows: Rows) -> None:
@@ -108,7 +108,7 @@ def parse_lines(data: bytes, start: int, split: Split, rows: Rows) -> None:
                 has_mark = position == 0 and line.startswith(BYTE_ORDER_MARK)
                 rows.add_record(load(line[len(BYTE_ORDER_MARK) :] if has_mark else line, entry), position)
             except Flaw as flaw:
-                rows.reject_flaw(position, flaw, line)
+                rows.reject(Reject.of_flaw(flaw, position, line))
         position += len(line) + 1
 
 
@@ -116,21 +116,21 @@ def load(line: bytes, entry: Input) -> dict[str, Any]:
     """The record of a line. Raises Flaw (bad_json, bad_utf8)."""
     try:
         record = orjson.loads(line)
-    except orjson.JSONDecodeError as error:
-        record = _load_leniently(line, entry, error)
+    except orjson.JSONDecodeError:
+        record = _load_leniently(line, entry)
     if not isinstance(record, dict):
         raise Flaw("bad_json", f"the line is a JSON {type(record).__name__}, not an object")
-    exact: dict[str, Any] = json.loads(line) if isinstance(record.get(entry.id_key), float) else record
+    exact: dict[str, Any] = _load_leniently(line, entry) if isinstance(record.get(entry.id_key), float) else record
     return exact
 
 
-def _load_leniently(line: bytes, entry: Input, refused: orjson.JSONDecodeError) -> Any:
+def _load_leniently(line: bytes, entry: Input) -> Any:
     try:
         record = json.loads(line.decode(), strict=False, parse_constant=lambda name: None)
     except UnicodeDecodeError as error:
         raise Flaw("bad_utf8", f"the line is not UTF-8 ({error.reason} at its byte {error.start})") from None
-    except (ValueError, RecursionError):
-        raise Flaw("bad_json", f"the line is not JSON: {refused}") from None
+    except (ValueError, RecursionError) as error:
+        raise Flaw("bad_json", f"the line is not JSON: {error}") from None
     if isinstance(record, dict):
         for key in (entry.text_key, entry.id_key, entry.created_key):
             if isinstance(value := record.get(key), str) and not _is_encodable(value):

@@ -11,8 +11,8 @@ from typing import Any
 
 import pyarrow as pa
 
-from curation.ingest.pieces import Piece, Reject
-from curation.ingest.rows import Flaw, Rows, as_json
+from curation.ingest.pieces import Piece
+from curation.ingest.rows import Flaw, Reject, Rows, as_json
 from curation.ingest.splits import Split
 from curation.ingest.streams import Broken, reading, says_corrupt
 
@@ -62,7 +62,7 @@ def parse(split: Split, piece: Piece, rows: Rows) -> int:
                         num_bytes += batch.nbytes
             except Broken as broken:
                 detail = f"rows {position} to {start + num_rows - 1} cannot be read: the file {broken.detail}"
-                rows.reject(position, broken.reason, detail)
+                rows.reject(Reject(position, broken.reason, detail))
             start += num_rows
     return num_bytes
 
@@ -103,7 +103,7 @@ def _add_batch(batch: pa.RecordBatch, start: int, split: Split, rows: Rows) -> N
                 raise Flaw.oversize(split.max_document_bytes)
             rows.add_record(record, position)
         except Flaw as flaw:
-            rows.reject_flaw(position, flaw, head)
+            rows.reject(Reject.of_flaw(flaw, position, head))
 
 
 def _record(row: pa.RecordBatch) -> dict[str, Any] | Flaw:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from curation.ingest import jsonl, parquet, text, warc
 from curation.ingest.pieces import Piece
-from curation.ingest.rows import Parsed, Rows
+from curation.ingest.rows import Parsed, Reject, Rows
 from curation.ingest.splits import Split
 from curation.ingest.streams import Broken
 
@@ -43,14 +43,13 @@ def chunks(split: Split) -> Iterator[Chunk]:
 
 def parse(chunk: Chunk) -> Parsed:
     """The documents and rejects of a chunk. Every record is in one of the two tables."""
-    rows = Rows(chunk.split)
-    num_bytes, rejects = 0, [chunk.piece.reject] if chunk.piece.reject else []
+    rows, num_bytes = Rows(chunk.split), 0
     try:
         num_bytes = _FORMATS[chunk.split.format].parse(chunk.split, chunk.piece, rows)
     except Broken as broken:
-        rows.reject(-1, broken.reason, broken.detail)
-    for reject in rejects:
-        rows.reject(reject.position, reject.reason, reject.detail, reject.head)
+        rows.reject(Reject.of_stream(broken, 0))
+    if chunk.piece.reject:
+        rows.reject(chunk.piece.reject)
     if chunk.is_whole_file and rows.is_empty:
-        rows.reject(-1, "empty_file", "there is no record in the file")
+        rows.reject(Reject(-1, "empty_file", "there is no record in the file"))
     return rows.parsed(num_bytes)

@@ -8,6 +8,7 @@ sources that both number from 0 lose nothing.
 
 import json
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import orjson
@@ -15,6 +16,7 @@ import pyarrow as pa
 import xxhash
 
 from curation.ingest.splits import Split
+from curation.ingest.streams import Broken
 from curation.schema import DOCUMENT, REJECT, REJECT_HEAD_BYTES, STANCES
 
 _ABSENT = object()
@@ -36,6 +38,30 @@ class Flaw(Exception):
         return Flaw("oversize", f"the record is longer than {max_document_bytes} bytes (ingest.max_document_mb)")
 
 
+@dataclass(frozen=True)
+class Reject:
+    """A record, or all that is left of a file, that is no document."""
+
+    position: int  # byte offset in the uncompressed file, or row; -1 for the whole file
+    reason: str  # one of schema.REJECT_REASONS
+    detail: str
+    head: bytes | None = None  # at most REJECT_HEAD_BYTES
+    source_id: str | None = None
+
+    @staticmethod
+    def of_flaw(flaw: Flaw, position: int, record: bytes | bytearray | None) -> "Reject":
+        """A record of which the bytes are at hand, all or the first ones."""
+        head = None if record is None else bytes(record[:REJECT_HEAD_BYTES])
+        return Reject(position, flaw.reason, flaw.detail, head, flaw.source_id)
+
+    @staticmethod
+    def of_stream(broken: Broken, position: int, rest: bytes | bytearray = b"") -> "Reject":
+        """What is left of a stream that broke after the last whole record, which ended at `position`."""
+        is_whole_file = broken.reason == "unreadable_file" and position == 0
+        head = bytes(rest[:REJECT_HEAD_BYTES]) or None
+        return Reject(-1 if is_whole_file else position, broken.reason, broken.detail, head)
+
+
 class Parsed(NamedTuple):
     """What one chunk gave."""
 
@@ -55,7 +81,7 @@ class Rows:
         # Neither part can hold a NUL, so no two (source, file) have the same prefix.
         self._id_prefix = f"{entry.source}\0{split.relative}\0".encode()
         self._documents: list[tuple[Any, ...]] = []  # as _DOCUMENT_ROW
-        self._rejects: list[tuple[Any, ...]] = []  # as _REJECT_ROW
+        self._rejects: list[Reject] = []
 
     @property
     def is_empty(self) -> bool:
@@ -102,22 +128,17 @@ class Rows:
         document_id = xxhash.xxh3_128_hexdigest(self._id_prefix + own.encode())
         self._documents.append((document_id, text, created, as_json(metadata), source_id, position, stance))
 
-    def reject(
-        self, position: int, reason: str, detail: str, head: bytes | None = None, source_id: str | None = None
-    ) -> None:
-        """Add a reject of which `head` holds the first bytes, or all."""
-        self._rejects.append((position, source_id, reason, detail, head and head[:REJECT_HEAD_BYTES]))
-
-    def reject_flaw(self, position: int, flaw: Flaw, head: bytes | None) -> None:
-        self.reject(position, flaw.reason, flaw.detail, head, flaw.source_id)
+    def reject(self, reject: Reject) -> None:
+        self._rejects.append(reject)
 
     def parsed(self, num_bytes: int) -> Parsed:
         entry, split = self._entry, self._split
         where = {"source": entry.source, "file": split.relative}
         same = {**where, "role": entry.role, "source_rank": split.source_rank}
         documents = _table(DOCUMENT, _DOCUMENT_ROW, self._documents, same)
-        rejects = _table(REJECT, _REJECT_ROW, self._rejects, where)
-        of_files = sum(reject[2] in _OF_FILES for reject in self._rejects)
+        rejected = [(r.position, r.source_id, r.reason, r.detail, r.head) for r in self._rejects]
+        rejects = _table(REJECT, _REJECT_ROW, rejected, where)
+        of_files = sum(reject.reason in _OF_FILES for reject in self._rejects)
         return Parsed(documents, rejects, documents.num_rows + rejects.num_rows - of_files, num_bytes)
 
 
@@ -133,13 +154,18 @@ def as_string(value: Any) -> str | None:
 
 def as_json(value: Any) -> str | None:
     """Compact JSON of `value` in its own order of keys; None for nothing and for an empty object.
-    NaN and infinity become null, what JSON has no word for its `str`."""
+    NaN and infinity become null, what JSON has no word for its `str`. Raises Flaw for a value that
+    is nested hundreds of levels deep."""
     if not value and not isinstance(value, int | float):
         return None
     try:
         return orjson.dumps(value, default=str).decode()
-    except TypeError:  # integers beyond 64 bits, lone surrogates: these stay as escapes
+    except TypeError:  # integers beyond 64 bits, lone surrogates (they stay as escapes), 254 levels
+        pass
+    try:
         return json.dumps(value, separators=(",", ":"), default=str)
+    except RecursionError:
+        raise Flaw("bad_json", "the record is nested too deeply") from None
 
 
 def _kind(value: Any) -> str:

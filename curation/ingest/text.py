@@ -2,8 +2,8 @@
 
 from collections.abc import Iterator
 
-from curation.ingest.pieces import Piece, Reject
-from curation.ingest.rows import Flaw, Rows
+from curation.ingest.pieces import Piece
+from curation.ingest.rows import Flaw, Reject, Rows
 from curation.ingest.splits import Split
 from curation.ingest.streams import Window, blocks
 
@@ -15,18 +15,16 @@ def cut(split: Split) -> Iterator[Piece]:
 def parse(split: Split, piece: Piece, rows: Rows) -> int:
     """Add the file to `rows`. Returns the bytes parsed."""
     limit, window = split.max_document_bytes, Window(blocks(split.path, split.compression))
-    reject = None
-    if window.fill(limit + 1):
-        reject = Reject.oversize(0, window.data, limit)
-    elif window.broken:
-        reject = Reject.of_stream(window.broken, 0, window.data)
-    if reject:
-        rows.reject(reject.position, reject.reason, reject.detail, reject.head)
+    is_oversize = window.fill(limit + 1)
+    if window.broken:
+        rows.reject(Reject.of_stream(window.broken, 0, window.data))
     elif window.data:
         try:
+            if is_oversize:
+                raise Flaw.oversize(limit)
             rows.add(_decoded(window.data), 0)
         except Flaw as flaw:
-            rows.reject_flaw(0, flaw, bytes(window.data))
+            rows.reject(Reject.of_flaw(flaw, 0, window.data))
     return len(window.data)
 
 

@@ -15,8 +15,8 @@ import re
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
-from curation.ingest.pieces import Piece, Reject
-from curation.ingest.rows import Flaw, Rows
+from curation.ingest.pieces import Piece
+from curation.ingest.rows import Flaw, Reject, Rows
 from curation.ingest.splits import Split
 from curation.ingest.streams import Window, blocks
 from curation.schema import REJECT_HEAD_BYTES
@@ -26,7 +26,7 @@ MAX_HEADER_BYTES = 1 << 20
 _MAGIC = b"WARC/"
 _NEXT = b"\n" + _MAGIC  # where reading goes on behind what is no record
 _HEADER_END = b"\r\n\r\n"
-_LENGTH = re.compile(rb"^content-length:[ \t]*(\d+)[ \t]*\r?$", re.IGNORECASE | re.MULTILINE)
+_LENGTH = re.compile(rb"^content-length:[ \t]*(\d{1,18})[ \t]*\r?$", re.IGNORECASE | re.MULTILINE)
 _KIND = re.compile(rb"^warc-type:[ \t]*(\S+)[ \t]*\r?$", re.IGNORECASE | re.MULTILINE)
 _LINE_ENDS = b"\r\n"
 _TEXTS = ("text/html", "application/xhtml+xml", "text/plain", "")  # "": not stated
@@ -83,7 +83,7 @@ def _passed_over(window: Window, record: Record | None, begin: int, max_document
     end = record.end if record else window.data.find(_NEXT, begin, most) + 1
     position, head = window.position + begin, bytes(window.data[begin : min(end or most, most)])
     if record:
-        return Reject.oversize(position, head, max_document_bytes) if record.is_wanted else None
+        return Reject.of_flaw(Flaw.oversize(max_document_bytes), position, head) if record.is_wanted else None
     if position == 0:
         return Reject(-1, "unreadable_file", "does not begin with a WARC record", head)
     return Reject(position, "truncated", "no WARC record begins where the one before it ends", head)
@@ -120,7 +120,7 @@ def parse(split: Split, piece: Piece, rows: Rows) -> int:
             try:
                 _add(raw, piece.start + begin, rows)
             except Flaw as flaw:
-                rows.reject_flaw(piece.start + begin, flaw, raw)
+                rows.reject(Reject.of_flaw(flaw, piece.start + begin, raw))
         begin = _past_line_ends(data, record.end)
     return len(data)
 

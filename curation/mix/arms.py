@@ -1,10 +1,11 @@
 """The rows of every shard, in two passes over the parts that hold no more than a part or a shard.
 
-Pass 1 reads the scalars of each part (no text, no tokens): it sums tokens per `select` bucket
-for `budget` and, once the cuts are known, writes the rows of each arm-phase, marked with the
-shard that their `order` = h(seed, "order", phase, repeat, id) falls into: the order space is
-cut into equal ranges, one a shard. Pass 2 is a task for each shard: it gathers its rows from
-all parts, sorts them by `order`, and reads their tokens.
+Pass 1 reads the scalars of the parts (no text, no tokens), a batch of parts a task: it sums
+tokens per `select` bucket for `budget` and, once the cuts are known, writes the rows of each
+arm-phase, marked with the shard that their `order` = h(seed, "order", phase, repeat, id) falls
+into: the order space is cut into equal ranges, one a shard. Pass 2 is a task for each shard: it
+gathers its rows from all batches, sorts them by `order`, and reads their tokens. How parts are
+batched changes no row; it keeps the number of files that a shard looks into small.
 """
 
 import math
@@ -15,7 +16,6 @@ from typing import Any
 import numpy as np
 import polars as pl
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from curation import storage
 from curation.manifest import ARMS, DEDUP, DETECT, DOCUMENTS, TOKENS, RunFolder
@@ -27,24 +27,54 @@ from curation.schema import PROVENANCE, STANCES, effective_discourse, effective_
 from curation.stage import Mapper
 
 WORK = f"{ARMS}/work"
+BATCH_DOCUMENTS = 32_768
 _PROBABILITIES = [f"p_{s}" for s in STANCES]
 
 
 @dataclass(frozen=True)
-class PartItem:
-    """A part of the run, and what is asked of it."""
+class Batch:
+    """Some parts of the run, and what is asked of them."""
 
     run: RunFolder
-    name: str
+    number: int
+    names: tuple[str, ...]
     seed: int
     repeats: tuple[int, ...] = ()  # for histograms
     buckets: tuple[tuple[int, int], ...] = ()  # (repeat, bucket) for turns
-    plan: tuple[ArmPhase, ...] = ()  # for select_part
+    plan: tuple[ArmPhase, ...] = ()  # for select_rows
     shards: tuple[int, ...] = ()  # shards of each arm-phase of the plan
 
+    def path(self, what: str) -> str:
+        return self.run.path(WORK, f"{what}-{self.number:06d}.arrow")
 
-def candidates(run: RunFolder, name: str) -> pl.DataFrame:
-    """The representatives of a part: id, start, num_tokens, stance, discourse, category (uint8)."""
+
+def batches(run: RunFolder, num_documents: dict[str, int], seed: int) -> list[Batch]:
+    """The parts in the order of their names, at most BATCH_DOCUMENTS to a batch (or one larger part)."""
+    groups: list[list[str]] = []
+    size = BATCH_DOCUMENTS
+    for name in sorted(num_documents):
+        size += num_documents[name]
+        if size > BATCH_DOCUMENTS or not groups:
+            groups.append([])
+            size = num_documents[name]
+        groups[-1].append(name)
+    return [Batch(run, number, tuple(names), seed) for number, names in enumerate(groups)]
+
+
+def gather(batch: Batch) -> int:
+    """Write the candidates of a batch under WORK: part, id, start, num_tokens, stance, discourse and
+    category of each representative. Returns their number."""
+    frame = pl.concat([_candidates(batch.run, name) for name in batch.names])
+    storage.commit_ipc(batch.path("candidates"), frame.to_arrow())
+    return len(frame)
+
+
+def candidates(batch: Batch) -> pl.DataFrame:
+    """What `gather` wrote."""
+    return pl.DataFrame(storage.read_ipc(batch.path("candidates")))
+
+
+def _candidates(run: RunFolder, name: str) -> pl.DataFrame:
     documents = run.read(f"{DOCUMENTS}/{name}.parquet", ["id", "role", "given_stance"])
     labels = run.read(f"{DETECT}/{name}.parquet", [*_PROBABILITIES, "discourse", "blocklist"])
     kept = run.read(f"{DEDUP}/{name}.parquet", ["kept"])
@@ -61,8 +91,8 @@ def candidates(run: RunFolder, name: str) -> pl.DataFrame:
             "kept": kept["kept"],
         }
     )
-    frame = pl.DataFrame(table).filter("kept").drop("kept")
-    return frame.with_columns(category(frame))
+    frame = pl.DataFrame(table).filter("kept")
+    return frame.with_columns(category(frame), part=pl.lit(name)).drop("kept", "role", "blocklist")
 
 
 def select_keys(seed: int, repeat: int, ids: Sequence[str]) -> np.ndarray:
@@ -75,9 +105,9 @@ def order_keys(seed: int, phase: str, repeat: int, ids: Sequence[str]) -> np.nda
     return keys64((seed, "order", phase, repeat), ids)
 
 
-def histogram_part(item: PartItem) -> np.ndarray:
-    """int64[len(item.repeats), NUM_CATEGORIES, NUM_BUCKETS] tokens of one part."""
-    frame = candidates(item.run, item.name)
+def histogram(item: Batch) -> np.ndarray:
+    """int64[len(item.repeats), NUM_CATEGORIES, NUM_BUCKETS] tokens of a batch."""
+    frame = candidates(item)
     ids, tokens = frame["id"].to_list(), frame["num_tokens"].to_numpy()
     cell = frame["category"].to_numpy().astype(np.int64) * NUM_BUCKETS
     sums = [
@@ -88,13 +118,13 @@ def histogram_part(item: PartItem) -> np.ndarray:
         )
         for repeat in item.repeats
     ]
-    # float64 weights are exact below 2**53 tokens a part
+    # float64 weights are exact below 2**53 tokens a batch
     return np.array(sums).astype(np.int64).reshape(-1, NUM_CATEGORIES, NUM_BUCKETS)
 
 
-def turns_part(item: PartItem) -> dict[tuple[int, int], Turns]:
-    """The turns of one part in each asked (repeat, bucket)."""
-    frame = candidates(item.run, item.name)
+def turns(item: Batch) -> dict[tuple[int, int], Turns]:
+    """The turns of a batch in each asked (repeat, bucket)."""
+    frame = candidates(item)
     ids, kinds = frame["id"].to_list(), frame["category"].to_numpy()
     tokens = frame["num_tokens"].to_numpy().astype(np.int64)
     found = {}
@@ -109,21 +139,20 @@ def turns_part(item: PartItem) -> dict[tuple[int, int], Turns]:
 
 
 class MappedSupply:
-    """A budget.Supply over the parts of a run; answers are kept, each costs one pass."""
+    """A budget.Supply over the batches of a run; answers are kept, each costs one pass."""
 
-    def __init__(self, run: RunFolder, names: Sequence[str], seed: int, mapper: Mapper):
-        self._items = [PartItem(run, name, seed) for name in names]
-        self._mapper = mapper
+    def __init__(self, items: Sequence[Batch], mapper: Mapper):
+        self._items, self._mapper = items, mapper
         self._histograms: dict[int, np.ndarray] = {}
         self._turns: dict[tuple[int, int], Turns] = {}
 
-    def _map(self, function: Callable[[PartItem], Any], label: str, **asked: Any) -> Iterator[Any]:
+    def _map(self, function: Callable[[Batch], Any], label: str, **asked: Any) -> Iterator[Any]:
         return self._mapper(function, [replace(item, **asked) for item in self._items], label)
 
     def histogram(self, repeat: int) -> np.ndarray:
         if repeat not in self._histograms:
             total = np.zeros((1, NUM_CATEGORIES, NUM_BUCKETS), np.int64)
-            for part in self._map(histogram_part, "mix: sum tokens", repeats=(repeat,)):
+            for part in self._map(histogram, "mix: sum tokens", repeats=(repeat,)):
                 total += part
             self._histograms[repeat] = total[0]
         return self._histograms[repeat]
@@ -133,7 +162,7 @@ class MappedSupply:
         missing = tuple(sorted(set(keys) - set(self._turns)))
         if not missing:
             return
-        found = list(self._map(turns_part, "mix: find cuts", buckets=missing))
+        found = list(self._map(turns, "mix: find cuts", buckets=missing))
         for key in missing:
             self._turns[key] = Turns(*(np.concatenate(column) for column in zip(*(f[key] for f in found), strict=True)))
 
@@ -216,11 +245,11 @@ def shard_counts(plan: Iterable[ArmPhase], shard_tokens: int) -> tuple[int, ...]
     return tuple(math.ceil(arm_phase.target / shard_tokens) for arm_phase in plan)
 
 
-class _Part:
-    """A part's candidates as arrays, and which of them an arm-phase takes."""
+class _Rows:
+    """A batch's candidates as arrays, and which of them an arm-phase takes."""
 
-    def __init__(self, item: PartItem):
-        self.frame = candidates(item.run, item.name)
+    def __init__(self, item: Batch):
+        self.frame = candidates(item)
         self.ids = self.frame["id"].to_list()
         self.kinds = self.frame["category"].to_numpy()
         self.tokens = self.frame["num_tokens"].to_numpy().astype(np.int64)
@@ -244,10 +273,10 @@ class _Part:
         return int((~kept[self.kinds[rows]]).sum())
 
 
-def select_part(item: PartItem) -> dict[str, np.ndarray]:
-    """Write one part's rows of every shard of every arm-phase under WORK. Returns sums over the part:
+def select_rows(item: Batch) -> dict[str, np.ndarray]:
+    """Write a batch's rows of every shard of every arm-phase under WORK. Returns sums over the batch:
     `shard_tokens` int64[all shards], and `stats` int64[len(plan), len(STATS)]."""
-    part = _Part(item)
+    part = _Rows(item)
     first_shard = np.concatenate([[0], np.cumsum(item.shards)])
     chosen, stats = [], np.zeros((len(item.plan), len(STATS)), np.int64)
     of_first_arm: dict[str, np.ndarray] = {}  # background turns of the first arm, by phase
@@ -258,13 +287,12 @@ def select_part(item: PartItem) -> dict[str, np.ndarray]:
         local = ((order >> np.uint64(32)) * np.uint64(item.shards[k])) >> np.uint64(32)
         chosen.append(
             part.frame[rows]
-            .select("id", "start", "num_tokens", "stance")
+            .select("part", "id", "start", "num_tokens", "stance")
             .with_columns(
                 pl.Series("order", order),
                 pl.Series("repeat", repeats),
                 pl.Series("inserted", inserted),
                 pl.Series("shard", local.astype(np.int64) + first_shard[k]),
-                part=pl.lit(item.name),
             )
         )
         turns = rows[~inserted] * 1024 + repeats[~inserted]  # repeats stay far below 1024
@@ -281,12 +309,12 @@ def select_part(item: PartItem) -> dict[str, np.ndarray]:
             repeats.max(initial=-1) + 1,
         ]
     table = pl.concat(chosen).sort("shard", "order", "id", "repeat", "inserted")
-    storage.commit_table(item.run.path(WORK, f"{item.name}.parquet"), table.to_arrow())
+    storage.commit_ipc(item.path("rows"), table.to_arrow())
     sums = np.bincount(table["shard"].to_numpy(), weights=table["num_tokens"].to_numpy(), minlength=first_shard[-1])
     return {"shard_tokens": sums.astype(np.int64), "stats": stats}
 
 
-# Sums over parts, but the last, which is a maximum.
+# Sums over batches, but the last, which is a maximum.
 STATS = (
     "documents",
     "inserted_documents",
@@ -304,7 +332,7 @@ class ShardItem:
     """One shard to be written: `limit` tokens of its rows, the rest is beyond the phase's budget."""
 
     run: RunFolder
-    names: tuple[str, ...]
+    batches: tuple[Batch, ...]
     shard: int
     limit: int
 
@@ -325,8 +353,7 @@ def cut_to_budget(plan: Sequence[ArmPhase], shards: Sequence[int], shard_tokens:
 
 def shard_rows(item: ShardItem) -> pl.DataFrame:
     """The rows of a shard in emission order, the last one cut at `limit` tokens."""
-    paths = [item.run.path(WORK, f"{name}.parquet") for name in item.names]
-    rows = pl.DataFrame(pa.concat_tables([_read_shard(path, item.shard) for path in paths]))
+    rows = pl.DataFrame(pa.concat_tables([_read_shard(batch.path("rows"), item.shard) for batch in item.batches]))
     rows = rows.sort("order", "id", "repeat", "inserted")
     ends = rows["num_tokens"].cast(pl.Int64).cum_sum()
     before = ends - rows["num_tokens"]
@@ -335,8 +362,9 @@ def shard_rows(item: ShardItem) -> pl.DataFrame:
 
 
 def _read_shard(path: str, shard: int) -> pa.Table:
-    fs, inner = storage.filesystem(path)
-    return pq.read_table(inner, filesystem=fs, filters=[("shard", "=", shard)], partitioning=None)
+    table = storage.read_ipc(path)
+    first, end = np.searchsorted(table["shard"].to_numpy(), [shard, shard + 1])
+    return table.slice(first, end - first)
 
 
 def shard_token_ids(run: RunFolder, rows: pl.DataFrame, token_bytes: int) -> list[np.ndarray]:

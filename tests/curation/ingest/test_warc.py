@@ -122,6 +122,7 @@ def test_pages_of_all_kinds(tmp_path: Path, read: Read, made: bytes, text: str) 
         (b"this is no record\r\nat all\r\n\r\n", "truncated"),
         (record("conversion", b"x").replace(b"Content-Length", b"Content-Width"), "truncated"),
         (record("conversion", b"x", **{"Content-Length": "many"}), "truncated"),
+        (record("conversion", b"x", **{"Content-Length": "9" * 5000}), "truncated"),
     ],
 )
 @pytest.mark.parametrize("split_bytes", [1, 100_000])
