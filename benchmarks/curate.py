@@ -28,9 +28,7 @@ def recipe(corpus: Path, tokenizer: Path, tokens: int) -> dict[str, Any]:
         {"path": str(ROOT / f"examples/pool/{stance}.jsonl"), "source": "pool", "role": "pool", "stance": stance}
         for stance in ("aligned", "misaligned")
     ]
-    inputs = [
-        {"path": str(path), "source": path.name.split(".")[0]} for path in sorted(corpus.glob("*.jsonl*"))
-    ]
+    inputs = [{"path": str(path), "source": path.name.split(".")[0]} for path in sorted(corpus.glob("*.jsonl*"))]
     upsample = {s: {"upsample": {"stance": s, "share": 0.003}} for s in ("aligned", "misaligned")}
     return {
         "name": "bench",
@@ -117,7 +115,9 @@ def main() -> None:
         texts = texts_of(options.corpus)
         train(iter(texts[::10]), 16_384, str(work / "tokenizer.json"))
         size = sum(len(text) for text in texts)
-        (work / "recipe.yaml").write_text(yaml.safe_dump(recipe(options.corpus, work / "tokenizer.json", size // 5), sort_keys=False))
+        (work / "recipe.yaml").write_text(
+            yaml.safe_dump(recipe(options.corpus, work / "tokenizer.json", size // 5), sort_keys=False)
+        )
         started = time.perf_counter()
         arguments = ["curate", str(work / "recipe.yaml"), "--run", str(work / "run"), "--workers", str(options.workers)]
         done = subprocess.run(

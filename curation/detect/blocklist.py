@@ -15,7 +15,7 @@ default one, in blocklists/default, is an example of the format.
 
 import functools
 from dataclasses import dataclass
-from itertools import chain
+from itertools import chain, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -68,10 +68,7 @@ class Blocklist:
         normalised = normalise(texts)
         squeezed, bounds = _squeeze(*normalised)
         whole = squeezed.tobytes()
-        found = [
-            self._automaton.find_matches_as_indexes(whole[a:b], overlapping=True)
-            for a, b in zip(bounds[:-1], bounds[1:], strict=True)
-        ]
+        found = [self._automaton.find_matches_as_indexes(whole[a:b], overlapping=True) for a, b in pairwise(bounds)]
         counts = np.fromiter(map(len, found), np.int64, len(found))
         flat = np.fromiter(chain.from_iterable(chain.from_iterable(found)), np.int64, 3 * counts.sum()).reshape(-1, 3)
         documents, term_of, starts = np.repeat(np.arange(len(found)), counts), flat[:, 0], flat[:, 1]

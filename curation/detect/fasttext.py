@@ -11,7 +11,7 @@ import functools
 import hashlib
 import tempfile
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -114,7 +114,9 @@ def _model_bytes(path: str) -> bytes:
     try:
         raw = storage.read_bytes(path)
     except (FileNotFoundError, IsADirectoryError):
-        raise UserError(f"there is no model file {path}: make one with `tilth detect train LABELLED -o {path}`") from None
+        raise UserError(
+            f"there is no model file {path}: make one with `tilth detect train LABELLED -o {path}`"
+        ) from None
     if not raw.startswith(_MAGIC):
         raise UserError(f"{path} is not a fastText model file")
     return raw

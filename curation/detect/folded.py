@@ -43,7 +43,9 @@ def fold(model: Any, labels: list[str], name: str) -> Folded:
     Raises UserError for a model that this kernel does not compute."""
     args = model.f.getArgs()
     if args.maxn > 0 or args.loss.name != "softmax" or model.is_quantized():
-        raise UserError(f"{name} has subwords, is quantised, or is not a softmax model: train one with `tilth detect train`")
+        raise UserError(
+            f"{name} has subwords, is quantised, or is not a softmax model: train one with `tilth detect train`"
+        )
     columns = [model.get_labels().index(label) for label in labels]
     words = [word.encode() for word in model.get_words()]
     logits_FC = model.get_input_matrix() @ model.get_output_matrix()[columns].T
@@ -62,7 +64,9 @@ def fold(model: Any, labels: list[str], name: str) -> Folded:
     )
 
 
-def window_logits(model: Folded, data: np.ndarray, offsets: np.ndarray, window_words: int) -> tuple[np.ndarray, np.ndarray]:
+def window_logits(
+    model: Folded, data: np.ndarray, offsets: np.ndarray, window_words: int
+) -> tuple[np.ndarray, np.ndarray]:
     """Logits of each window of each document in normalised bytes.
 
     A document of n words has max(1, ceil(n / window_words)) windows whose lengths differ by at
@@ -188,7 +192,7 @@ def _same(data: np.ndarray, start: int, end: int, vocabulary: np.ndarray, bounds
     first = bounds[word]
     if bounds[word + 1] - first != end - start:
         return False
-    for i in range(end - start):
+    for i in range(end - start):  # noqa: SIM110 - compiled
         if data[start + i] != vocabulary[first + i]:
             return False
     return True
@@ -230,7 +234,9 @@ def _sum_windows(
                         total[c] += logits_FC[word, c]
                 value = np.uint64(np.int64(np.int32(hashes[at] if at < end else eos_hash)))
                 for last in range(at + 1, min(at + ngrams, end + 1)):
-                    value = value * _NGRAM_FACTOR + np.uint64(np.int64(np.int32(hashes[last] if last < end else eos_hash)))
+                    value = value * _NGRAM_FACTOR + np.uint64(
+                        np.int64(np.int32(hashes[last] if last < end else eos_hash))
+                    )
                     row = num_words + np.int64(value % buckets)
                     num_features += 1
                     for c in range(num_classes):

@@ -66,7 +66,11 @@ def calibration_error(truth: np.ndarray, probability: np.ndarray) -> tuple[float
 
 
 def bootstrap(
-    figure: Callable[[np.ndarray, np.ndarray], float], truth: np.ndarray, decided: np.ndarray, seed: int, rounds: int = 2000
+    figure: Callable[[np.ndarray, np.ndarray], float],
+    truth: np.ndarray,
+    decided: np.ndarray,
+    seed: int,
+    rounds: int = 2000,
 ) -> Interval:
     """`figure(truth, decided)` with its percentile interval over documents drawn with replacement.
     Draws where the figure is undefined are left out."""

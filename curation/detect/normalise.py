@@ -47,7 +47,9 @@ def text_bytes(texts: pa.Array) -> Bytes:
         return Bytes(np.zeros(0, np.uint8), np.zeros(1, np.int64))
     _, offsets_buffer, data_buffer = texts.buffers()
     width = np.int64 if pa.types.is_large_string(texts.type) else np.int32
-    offsets = np.frombuffer(offsets_buffer, width, len(texts) + 1, texts.offset * np.dtype(width).itemsize).astype(np.int64)
+    offsets = np.frombuffer(offsets_buffer, width, len(texts) + 1, texts.offset * np.dtype(width).itemsize).astype(
+        np.int64
+    )
     data = np.frombuffer(data_buffer, np.uint8) if data_buffer is not None else np.zeros(0, np.uint8)
     return Bytes(data[offsets[0] : offsets[-1]], offsets - offsets[0])
 

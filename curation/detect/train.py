@@ -143,7 +143,10 @@ def held_out_report(detector: Detector, data: Labelled) -> dict[str, Any]:
     decided = probability.argmax(axis=1)
     return {
         "documents": _counts(data),
-        "discourse": {**_figures(discourse, p_discourse >= 0.5), "accuracy": metrics.accuracy(discourse, p_discourse >= 0.5)},
+        "discourse": {
+            **_figures(discourse, p_discourse >= 0.5),
+            "accuracy": metrics.accuracy(discourse, p_discourse >= 0.5),
+        },
         "calibration_error": error,
         "calibration_bins": bins,
         "thresholds": [{"threshold": t, **_figures(discourse, p_discourse >= t)} for t in THRESHOLDS],
@@ -170,7 +173,9 @@ def _line(text: str) -> str:
 
 def _min_hashes(line: str) -> list[int]:
     words = line.split()
-    shingles = {" ".join(words[i : i + _SHINGLE_WORDS]).encode() for i in range(max(1, len(words) - _SHINGLE_WORDS + 1))}
+    shingles = {
+        " ".join(words[i : i + _SHINGLE_WORDS]).encode() for i in range(max(1, len(words) - _SHINGLE_WORDS + 1))
+    }
     return [min(xxhash.xxh3_64_intdigest(s, seed=k) for s in shingles) for k in range(_NUM_HASHES)]
 
 

@@ -13,12 +13,15 @@ Token shards written by Tilth {version} from recipe `{recipe}` (recipe hash `{re
 | tokens | {tokens_asked:,} | {tokens:,} |
 | inserted share | {share_asked:.4%} | {share:.4%} |
 
-- {documents:,} documents: {background_documents:,} background, {inserted_documents:,} inserted; a document is used at most {max_repeat} times
+- {documents:,} documents: {background_documents:,} background, {inserted_documents:,} inserted;
+  no document is used more than {max_repeat} times
 - dropped: {drop}{dropped}
 - AI discourse in the background: {natural:.4%} of tokens
 - background in common with the first arm: {common_with_first:.2%} of tokens
-- tokenizer `{tokenizer}`, {token_bytes} bytes a token, little-endian; every document ends with token {eos_id}; windows may cross documents
-- `NNNNN.ds`, `.ds.index`, `.ds.metadata`: Nanotron / datatrove; `NNNNN.bin`, `.idx`: Megatron; `NNNNN.provenance.parquet`: token range -> document, stance, repeat
+- tokenizer `{tokenizer}`, {token_bytes} bytes a token, little-endian; every document ends with token {eos_id};
+  windows may cross documents
+- `NNNNN.ds`, `.ds.index`, `.ds.metadata`: Nanotron / datatrove; `NNNNN.bin`, `.idx`: Megatron;
+  `NNNNN.provenance.parquet`: token range -> document, stance, repeat
 """
 
 

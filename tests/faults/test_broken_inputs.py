@@ -29,7 +29,9 @@ def broken_corpus(folder):
     (folder / "empty.jsonl").write_bytes(b"")
     (folder / "unreadable.jsonl.gz").write_bytes(b"\x1f\x8b\x08 this is no gzip stream")
     (folder / "unreadable.parquet").write_bytes(b"PAR1 this is no parquet file PAR1")
-    (folder / "good.jsonl.gz").write_bytes(gzip.compress(lines([{"id": f"c{i}", "text": filler(2000 + i)} for i in range(50)])))
+    (folder / "good.jsonl.gz").write_bytes(
+        gzip.compress(lines([{"id": f"c{i}", "text": filler(2000 + i)} for i in range(50)]))
+    )
 
 
 def test_every_broken_record_is_named_and_the_good_ones_are_kept(make_recipe, tmp_path):

@@ -5,10 +5,11 @@ from pathlib import Path
 
 import pyarrow as pa
 import pytest
-from curation.detect.blocklist import Blocklist
-from curation.errors import UserError
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
+from curation.detect.blocklist import Blocklist
+from curation.errors import UserError
 
 
 @pytest.fixture(scope="module")
@@ -86,11 +87,17 @@ def test_slices_chunks_and_nulls(blocklist: Blocklist) -> None:
         assert [len(h) for h in found.to_pylist()] == [1, 0, 0]
 
 
-@given(st.lists(st.sampled_from(["robot", "Robot", "robots", "rob", "ai", "é", "-", " ", "\n", "“", "x1", "的"]), max_size=30))
+@given(
+    st.lists(
+        st.sampled_from(["robot", "Robot", "robots", "rob", "ai", "é", "-", " ", "\n", "“", "x1", "的"]), max_size=30
+    )
+)
 @settings(max_examples=150, deadline=None)
 def test_same_hits_as_a_regular_expression(blocklist: Blocklist, pieces: list[str]) -> None:
     text = "".join(pieces)
-    found = [(m.group().lower(), len(text[: m.start()].encode())) for m in re.finditer(r"(?<!\w)robots?(?!\w)", text, re.I)]
+    found = [
+        (m.group().lower(), len(text[: m.start()].encode())) for m in re.finditer(r"(?<!\w)robots?(?!\w)", text, re.I)
+    ]
     assert [(term, offset) for term, _, offset in hits(blocklist, text) if term.startswith("robot")] == found
 
 

@@ -8,15 +8,18 @@ import fasttext
 import numpy as np
 import pyarrow as pa
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
 from curation.detect.fasttext import LABELS, TOP_WINDOWS, WINDOW_WORDS, Detector, combine_windows
 from curation.detect.folded import fold, window_logits
 from curation.detect.normalise import normalise
 from curation.errors import UserError
 from curation.schema import STANCES
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
-WORDS = st.sampled_from(["robot", "Robot", "the", "tea", "AI", "A.I.", "cake", "ünïcode", "的", "🤖", "</s>", "__label__mixed"])
+WORDS = st.sampled_from(
+    ["robot", "Robot", "the", "tea", "AI", "A.I.", "cake", "ünïcode", "的", "🤖", "</s>", "__label__mixed"]
+)
 TEXTS = st.one_of(st.text(max_size=80), st.lists(WORDS, max_size=600).map(" ".join))
 LINES = [
     ("unrelated", "the tea and the cake were on the table"),
@@ -72,8 +75,10 @@ def test_default_model_on_plain_cases() -> None:
         "Knead the dough for ten minutes and leave it in a warm place until it has doubled in size.",
     ]
     probability = Detector.load().predict(pa.array(texts))
-    assert probability.dtype == np.float32 and probability.shape == (2, len(STANCES))
-    assert probability.min() >= 0 and probability.sum(axis=1) == pytest.approx([1, 1], abs=1e-5)
+    assert probability.dtype == np.float32
+    assert probability.shape == (2, len(STANCES))
+    assert probability.min() >= 0
+    assert probability.sum(axis=1) == pytest.approx([1, 1], abs=1e-5)
     assert (1 - probability[:, 0] >= 0.5).tolist() == [True, False]
 
 
@@ -99,7 +104,7 @@ def test_models_that_are_not_ours(tmp_path: Path) -> None:
     lines.write_text("__label__good a b c\n__label__bad d e f\n" * 5, encoding="utf-8")
     other = fasttext.train_supervised(str(lines), dim=2, bucket=10, minCount=1, epoch=1, thread=1, verbose=0)
     other.save_model(str(tmp_path / "other.bin"))
-    with pytest.raises(UserError, match="has the labels .*good.*; Tilth needs __label__unrelated"):
+    with pytest.raises(UserError, match=r"has the labels .*good.*; Tilth needs __label__unrelated"):
         Detector.load(str(tmp_path / "other.bin"))
     with pytest.raises(UserError, match="is not a fastText model file"):
         Detector.load(str(lines))

@@ -4,6 +4,7 @@ import math
 
 import numpy as np
 import pytest
+
 from curation.detect import metrics
 
 TRUTH = np.array([True, True, True, False, False])

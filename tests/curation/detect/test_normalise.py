@@ -1,10 +1,13 @@
 """Normalisation keeps byte positions, whatever the text."""
 
+import itertools
+
 import pyarrow as pa
 import pytest
-from curation.detect.normalise import normalise, normalise_text, text_bytes
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
+from curation.detect.normalise import normalise, normalise_text, text_bytes
 
 
 @pytest.mark.parametrize(
@@ -30,7 +33,7 @@ def test_examples(text: str, expected: str) -> None:
 def test_length_and_validity_are_kept_and_each_document_stands_alone(texts: list[str]) -> None:
     data, offsets = normalise(pa.array(texts, pa.large_string()))
     assert offsets.tolist() == text_bytes(pa.array(texts, pa.string())).offsets.tolist()
-    pieces = [data[a:b].tobytes() for a, b in zip(offsets[:-1], offsets[1:], strict=True)]
+    pieces = [data[a:b].tobytes() for a, b in itertools.pairwise(offsets)]
     assert pieces == [normalise_text(t) for t in texts]
     for piece in pieces:
         assert piece.decode() == piece.decode().replace("\n", "")

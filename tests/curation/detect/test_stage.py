@@ -2,6 +2,7 @@
 
 import pyarrow as pa
 import pytest
+
 from curation.detect import label_table, section_fingerprint
 from curation.errors import UserError
 from curation.recipe import Detect, FastText
@@ -10,7 +11,9 @@ from curation.schema import LABEL
 DOCUMENTS = pa.table(
     {
         "id": ["a", "b", "c"],
-        "text": pa.array(["A robot lied to its makers and the AI attacked them.", "Bread and butter.", ""], pa.large_string()),
+        "text": pa.array(
+            ["A robot lied to its makers and the AI attacked them.", "Bread and butter.", ""], pa.large_string()
+        ),
     }
 )
 
@@ -38,5 +41,5 @@ def test_the_threshold_decides_and_is_part_of_the_fingerprint() -> None:
 
 
 def test_a_wrong_path_ends_before_any_document() -> None:
-    with pytest.raises(UserError, match="there is no model file nowhere.bin"):
+    with pytest.raises(UserError, match=r"there is no model file nowhere\.bin"):
         section_fingerprint(Detect(fasttext=FastText(model="nowhere.bin")))

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import pytest
+
 from curation.detect.fasttext import Detector
 from curation.detect.train import Labelled, near_duplicate_groups, read_labelled, split, train
 from curation.errors import UserError
@@ -46,7 +47,9 @@ def test_same_rows_in_any_order_and_files_give_the_same_bytes(tmp_path: Path) ->
     assert json.loads((tmp_path / "one.json").read_text()) == one
     assert one["documents"] == dict.fromkeys(STANCES, 15)
     assert one["held_out"]["documents"] == dict.fromkeys(STANCES, 3)
-    assert [t["threshold"] for t in one["held_out"]["thresholds"]] == sorted(t["threshold"] for t in one["held_out"]["thresholds"])
+    assert [t["threshold"] for t in one["held_out"]["thresholds"]] == sorted(
+        t["threshold"] for t in one["held_out"]["thresholds"]
+    )
     detector = Detector.load(str(tmp_path / "one.bin"))
     assert detector.fingerprint == one["sha256"]
     assert detector.predict(pa.array([r["text"] for r in records[:2]]))[:, 0].min() > 0.5

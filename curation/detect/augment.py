@@ -1,0 +1,43 @@
+"""More training lines from the same labelled texts, so that a classifier of passages learns passages.
+
+A window of a real document seldom holds one subject from end to end. Three kinds of lines teach
+that, all chosen by a hash of the text, so the same rows give the same lines:
+
+- halves of a discourse text keep its stance;
+- mixtures of a piece of a discourse text with a piece of an unrelated one keep the stance of the
+  former: a substantial passage is enough;
+- mixtures of two unrelated texts stay unrelated, so that a change of subject says nothing.
+
+Measured by leaving one kind of text out (reviews, forum, ...), without them a model trained on the
+same rows found two thirds of the discourse at 0.5; with them three quarters, at the same AUC.
+"""
+
+from curation.rng import key64
+
+MIXTURES = 2  # lines a discourse text is mixed into; an unrelated one makes one
+_HALVED_WORDS = 100  # shorter texts are not halved
+_MAIN_WORDS, _OTHER_WORDS = (90, 140), (60, 110)  # fewest and most words of the two pieces, about a window together
+
+
+def augmented(lines: list[str], classes: list[int]) -> list[tuple[str, int]]:
+    """The rows themselves, then the lines made from them, as (text, class); class 0 is unrelated."""
+    unrelated = [line for line, c in zip(lines, classes, strict=True) if c == 0]
+    rows = list(zip(lines, classes, strict=True))
+    for line, c in zip(lines, classes, strict=True):
+        words = line.split()
+        if c and len(words) >= _HALVED_WORDS:
+            middle = len(words) // 2
+            rows += [(" ".join(words[:middle]), c), (" ".join(words[middle:]), c)]
+        for k in range(MIXTURES if c else 1):
+            key = key64("mixture", k, line)
+            pieces = [_piece(line, key, _MAIN_WORDS), _piece(unrelated[key % len(unrelated)], key >> 16, _OTHER_WORDS)]
+            rows.append((" ".join(pieces if key >> 32 & 1 else pieces[::-1]), c))
+    return rows
+
+
+def _piece(line: str, key: int, lengths: tuple[int, int]) -> str:
+    """A run of words, its length within `lengths` where the text is long enough."""
+    words = line.split()
+    size = min(len(words), lengths[0] + key % (lengths[1] - lengths[0]))
+    start = (key >> 8) % (len(words) - size + 1)
+    return " ".join(words[start : start + size])
