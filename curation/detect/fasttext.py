@@ -3,8 +3,9 @@
 Texts go through `normalise`, so training and inference see the same words. AI discourse may be a
 passage in a long text, so a document is scored by windows of about WINDOW_WORDS words, each
 computed as fastText computes a line (see `folded`), and its probabilities are the mean over the
-TOP_WINDOWS windows most likely to be discourse. One window can be a chance hit, and the mean of
-all loses a chapter in a book; the choice was measured (models/default.md).
+windows most likely to be discourse: one of 1-3 windows, two of 4-15, three of 16-63, and so on.
+The best window alone is a chance hit in a long text, the mean of all loses a chapter in a book;
+the rule was chosen on texts put together from labelled passages (models/default.md).
 """
 
 import functools
@@ -23,7 +24,6 @@ from curation.errors import UserError
 from curation.schema import STANCES
 
 WINDOW_WORDS = 200
-TOP_WINDOWS = 2
 LABELS = [f"__label__{stance}" for stance in STANCES]
 _DEFAULT = Path(__file__).parent / "models" / "default.bin"
 _MAGIC = (793712314).to_bytes(4, "little")  # how every fastText model file begins
@@ -78,16 +78,23 @@ class Detector:
         return window_logits(self._model, data, offsets, WINDOW_WORDS)
 
 
+def num_top_windows(num_windows: np.ndarray) -> np.ndarray:
+    """How many windows decide for documents of `num_windows` each: one more for every four times the length."""
+    return 1 + np.log2(num_windows).astype(np.int64) // 2
+
+
 def combine_windows(probability_WC: np.ndarray, bounds: np.ndarray) -> np.ndarray:
-    """float32[num_documents, 5]: for each document the mean of its TOP_WINDOWS windows with the
-    least p(unrelated). Windows bounds[i]:bounds[i + 1] belong to document i."""
-    documents = np.repeat(np.arange(len(bounds) - 1), np.diff(bounds))
+    """float32[num_documents, 5]: for each document the mean of its `num_top_windows` windows with
+    the least p(unrelated). Windows bounds[i]:bounds[i + 1] belong to document i."""
+    windows_D = np.diff(bounds)
+    documents = np.repeat(np.arange(len(windows_D)), windows_D)
     order = np.lexsort((probability_WC[:, 0], documents))
-    rank = np.arange(len(order)) - np.repeat(bounds[:-1], np.diff(bounds))
-    top = order[rank < TOP_WINDOWS]
-    total = np.zeros((len(bounds) - 1, probability_WC.shape[1]))
+    rank = np.arange(len(order)) - np.repeat(bounds[:-1], windows_D)
+    tops_D = num_top_windows(windows_D)
+    top = order[rank < np.repeat(tops_D, windows_D)]
+    total = np.zeros((len(windows_D), probability_WC.shape[1]))
     np.add.at(total, documents[top], probability_WC[top])
-    return (total / np.minimum(np.diff(bounds), TOP_WINDOWS)[:, None]).astype(np.float32)
+    return (total / tops_D[:, None]).astype(np.float32)
 
 
 def _softmax(logits: np.ndarray) -> np.ndarray:

@@ -3,9 +3,10 @@
 fastText averages the input rows of a line's features (words, hashed word n-grams, `</s>`) and
 multiplies by the output matrix. Both steps are linear, so input x output is folded once into
 logits_FC (features x classes), and a text's logits are the mean of its features' rows: exact up
-to rounding (fastText itself reports p + 1e-5, the guard of its logarithm). The kernel works on normalised bytes in two passes: the first hashes every word of
-every document (FNV-1a with sign-extended bytes, as fastText does) and looks it up; the second
-sums rows per window in a loop without text. No Python object per document, no GIL.
+to rounding (fastText itself reports p + 1e-5, the guard of its logarithm). The kernel works on
+normalised bytes in two passes: the first hashes every word of every document (FNV-1a with
+sign-extended bytes, as fastText does) and looks it up; the second sums rows per window in a
+loop without text. No Python object per document, no GIL.
 
 Scope: softmax models without subwords, as `tilth detect train` writes; `fold` refuses others.
 """

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from curation.detect.fasttext import LABELS, TOP_WINDOWS, WINDOW_WORDS, Detector, combine_windows
+from curation.detect.fasttext import LABELS, WINDOW_WORDS, Detector, combine_windows, num_top_windows
 from curation.detect.folded import fold, window_logits
 from curation.detect.normalise import normalise
 from curation.errors import UserError
@@ -60,12 +60,15 @@ def test_windows_equal_fasttext(model: Any, texts: list[str]) -> None:
             assert probability[bounds[document] + window] == pytest.approx(reference(model, line), abs=2e-6)
 
 
+def test_one_more_window_decides_for_every_four_times_the_length() -> None:
+    assert num_top_windows(np.array([1, 3, 4, 15, 16, 63, 64])).tolist() == [1, 1, 2, 2, 3, 3, 4]
+
+
 def test_combination_is_the_mean_of_the_windows_most_like_discourse() -> None:
-    unrelated = np.array([0.9, 0.1, 0.5, 0.8])  # three windows of one document, one of the next
+    unrelated = np.array([0.9, 0.1, 0.5, 0.8, 0.7, 0.6])  # four windows of one document, two of the next
     rest = (1 - unrelated)[:, None] * np.array([1.0, 0, 0, 0])
-    combined = combine_windows(np.column_stack([unrelated, rest]), np.array([0, 3, 4]))
-    assert TOP_WINDOWS == 2
-    assert combined[:, 0] == pytest.approx([0.3, 0.8])
+    combined = combine_windows(np.column_stack([unrelated, rest]), np.array([0, 4, 6]))
+    assert combined[:, 0] == pytest.approx([0.3, 0.6])
     assert combined.sum(axis=1) == pytest.approx([1, 1])
 
 
