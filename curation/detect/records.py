@@ -4,6 +4,7 @@ A run's inputs go through `curation.ingest`, which quarantines what is broken; h
 ends the command, with its file and line.
 """
 
+import io
 from collections.abc import Iterator
 from typing import Any
 
@@ -17,7 +18,8 @@ def read_records(path: str) -> Iterator[tuple[str, dict[str, Any]]]:
     """Each line's place ("FILE line N") and JSON object. Raises UserError for what can't be read."""
     try:
         with fsspec.open(path, "rb", compression="infer") as handle:
-            for number, line in enumerate(handle, start=1):
+            # zstandard's reader has no lines of its own
+            for number, line in enumerate(io.BufferedReader(handle), start=1):
                 if line.strip():
                     yield f"{path} line {number}", _record(line, f"{path} line {number}")
     except FileNotFoundError:
