@@ -14,7 +14,7 @@ of the discourse at 0.5, with these lines 77 %; AUC stayed (0.89), as this moves
 
 from curation.rng import key64
 
-MIXTURES = 3  # lines a discourse text is mixed into; an unrelated one makes one
+MIXTURES = 2  # lines a discourse text is mixed into; an unrelated one makes one
 _HALVED_WORDS = 100  # shorter texts are not halved
 _MAIN_WORDS, _OTHER_WORDS = (90, 140), (60, 110)  # fewest and most words of the two pieces, about a window together
 

@@ -45,7 +45,7 @@ class Settings:
     epoch: int = 15
     lr: float = 0.5
     wordNgrams: int = 2
-    minCount: int = 2
+    minCount: int = 3
     bucket: int = 20_000
 
 
