@@ -1,22 +1,26 @@
 """More training lines from the same labelled texts, so that a classifier of passages learns passages.
 
-A window of a real document seldom holds one subject from end to end. Three kinds of lines teach
+A window of a real document seldom holds one subject from end to end. Four kinds of lines teach
 that, all chosen by a hash of the text, so the same rows give the same lines:
 
 - halves of a discourse text keep its stance;
 - mixtures of a piece of a discourse text with a piece of an unrelated one keep the stance of the
   former: a substantial passage is enough;
-- mixtures of two unrelated texts stay unrelated, so that a change of subject says nothing.
+- mixtures of two unrelated texts stay unrelated, so that a change of subject says nothing;
+- a short piece of any text keeps its stance: few words must not be evidence by chance, nor their being few.
 
-Measured by leaving one kind of text out (reviews, forum, ...): a model of the rows alone found 62 %
-of the discourse at 0.5, with these lines 77 %; AUC stayed (0.89), as this moves where 0.5 lies.
+Halves and mixtures, by leaving one kind of text out (reviews, forum, ...): recall at 0.5 rose from
+0.62 to 0.77 at the same AUC (0.89). Short pieces, one of each text, on the held-out rows: F1 from
+0.72 to 0.77, calibration error from 0.12 to 0.09.
 """
 
 from curation.rng import key64
 
 MIXTURES = 2  # lines a discourse text is mixed into; an unrelated one makes one
+SHORT_PIECES = 2  # of every text
 _HALVED_WORDS = 100  # shorter texts are not halved
 _MAIN_WORDS, _OTHER_WORDS = (90, 140), (60, 110)  # fewest and most words of the two pieces, about a window together
+_SHORT_WORDS = (10, 40)
 
 
 def augmented(lines: list[str], classes: list[int]) -> list[tuple[str, int]]:
@@ -32,6 +36,7 @@ def augmented(lines: list[str], classes: list[int]) -> list[tuple[str, int]]:
             key = key64("mixture", k, line)
             pieces = [_piece(line, key, _MAIN_WORDS), _piece(unrelated[key % len(unrelated)], key >> 16, _OTHER_WORDS)]
             rows.append((" ".join(pieces if key >> 32 & 1 else pieces[::-1]), c))
+        rows += [(_piece(line, key64("short", k, line), _SHORT_WORDS), c) for k in range(SHORT_PIECES)]
     return rows
 
 

@@ -5,9 +5,11 @@ least one `entity` hit AND at least one `negative` hit anywhere in the document.
 recorded, also those of one side alone. Texts and terms go through `normalise`, so that matching
 ignores case and punctuation (`self-aware` = `Self aware`, `A.I.` = `ai`); runs of spaces are squeezed
 to one, so that a term may be broken over lines; and word boundaries are the spaces that each
-pattern carries at both ends. Such a pass over ` term ` patterns costs
-half of matching bare terms and checking boundaries afterwards, since short terms (`ai`) occur
-inside many words (`said`).
+pattern carries at both ends.
+
+Measured on one core on 59 MB of reviews and Usenet, automaton alone, same hits: ahocorasick_rs 226
+MB/s, polars 220, pyahocorasick 130. Bare terms with boundaries checked afterwards are a little
+faster (270), but need that second step; the whole scan runs at 72 MB/s, most of it not here.
 
 A blocklist of one's own is a folder with `blocklist.yaml` and the term files it names; the
 default one, in blocklists/default, is an example of the format.

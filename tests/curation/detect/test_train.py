@@ -3,14 +3,19 @@
 import gzip
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pytest
 
-from curation.detect.fasttext import Detector
+from curation.detect import train as training
+from curation.detect.augment import augmented
+from curation.detect.fasttext import LABELS, Detector
+from curation.detect.folded import fold, window_logits
 from curation.detect.train import Labelled, near_duplicate_groups, read_labelled, split, train
 from curation.errors import UserError
+from curation.rng import key64
 from curation.schema import STANCES
 
 SUBJECTS = {
@@ -55,6 +60,21 @@ def test_same_rows_in_any_order_and_files_give_the_same_bytes(tmp_path: Path) ->
     assert detector.predict(pa.array([r["text"] for r in records[:2]]))[:, 0].min() > 0.5
 
 
+def test_the_model_s_logits_are_the_mean_of_its_members() -> None:
+    data = Labelled([f"{word} tea {word} cake" for word in "abcde"] * 4, np.arange(20) % 5)
+    lines = augmented(data.lines, data.classes.tolist())
+    members = [training._fit_one(lines, key64(7, "member", k) % 2**31) for k in range(training.MEMBERS)]
+    text, one_line = np.frombuffer(b"a tea cake d b", np.uint8), np.array([0, 14])
+
+    def logits(model: Any) -> np.ndarray:
+        found, _ = window_logits(fold(model, LABELS, "test"), text, one_line, 200)
+        return found[0] - found[0].mean()  # a softmax does not see a shift
+
+    mean = np.mean([logits(member) for member in members], axis=0)
+    assert np.ptp(mean) > 0.1
+    assert logits(training._fit(data, 7)) == pytest.approx(mean, abs=1e-4)
+
+
 def test_near_duplicates_are_grouped_and_distinct_texts_are_not() -> None:
     base = [f"word{i}" for i in range(120)]
     near = [*base[:119], "other"]
@@ -87,6 +107,28 @@ def test_mistakes_are_named(tmp_path: Path, line: str, message: str) -> None:
     with pytest.raises(UserError) as error:
         read_labelled([str(path)])
     assert message in str(error.value)
+
+
+def test_a_truncated_file_is_an_error_not_a_short_one(tmp_path: Path) -> None:
+    whole = Path(write(tmp_path / "rows.jsonl.gz", rows(50)))
+    (tmp_path / "cut.jsonl.gz").write_bytes(whole.read_bytes()[:-20])
+    with pytest.raises(UserError, match=r"cut.jsonl.gz can't be read: Truncated"):
+        read_labelled([str(tmp_path / "cut.jsonl.gz")])
+
+
+def test_lines_made_from_rows_keep_their_stance_and_come_from_them() -> None:
+    lines = [" ".join(f"r{i}" for i in range(200)), "tea " * 30, " ".join(f"u{i}" for i in range(150))]
+    made = augmented(lines, [3, 0, 0])
+    assert made[:3] == list(zip(lines, [3, 0, 0], strict=True))
+    halves = [text.split() for text, _ in made[3:5]]
+    assert halves[0] + halves[1] == lines[0].split()
+    # Of the first text two halves, two mixtures and two short pieces; of the others one mixture and two pieces.
+    assert [c for _, c in made[3:]] == [3] * 6 + [0] * 6
+    for text, stance in made[3:]:
+        assert set(text.split()) <= set(" ".join(lines).split())
+        assert any(word.startswith("r") for word in text.split()) == (stance == 3)
+    assert sorted(len(text.split()) < 40 for text, _ in made[3:]) == [False] * 6 + [True] * 6
+    assert augmented(lines, [3, 0, 0]) == made
 
 
 def test_all_five_stances_are_needed(tmp_path: Path) -> None:

@@ -1,0 +1,114 @@
+"""The default detector on hand labels that it never saw, beside the blocklist and always-yes.
+
+    python -m benchmarks.detector [--shared FOLDER] [--json]
+
+FOLDER (default: ../shared beside the repository) holds labels/labelled.jsonl (by document id),
+labels/hard.jsonl (with text) and corpus/*.jsonl.zst. Each sample is reported by itself, since
+their rates differ; brackets are 95 % bootstrap intervals over documents.
+"""
+
+import argparse
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from curation.detect import metrics
+from curation.detect.blocklist import Blocklist
+from curation.detect.fasttext import Detector
+from curation.detect.records import read_records
+
+SHARED = Path(__file__).resolve().parents[2] / "shared"
+THRESHOLD = 0.5
+FIGURES: dict[str, Callable[[np.ndarray, np.ndarray], float]] = {
+    "precision": metrics.precision,
+    "recall": metrics.recall,
+    "f1": metrics.f1,
+    "accuracy": metrics.accuracy,
+}
+
+
+def samples(shared: Path) -> dict[str, tuple[list[str], np.ndarray]]:
+    """Texts and truth (bool[n]) of each sample."""
+    labelled = [r for _, r in read_records(str(shared / "labels/labelled.jsonl"))]
+    wanted = {r["id"] for r in labelled}
+    texts = {
+        r["id"]: r["text"]
+        for path in sorted((shared / "corpus").glob("*.jsonl.zst"))
+        for _, r in read_records(str(path))
+        if r["id"] in wanted
+    }
+    rows: dict[str, list[tuple[str, bool]]] = {}
+    for r in labelled:
+        rows.setdefault(r["sample"], []).append((texts[r["id"]], r["is_ai_discourse"]))
+    rows["hard"] = [(r["text"], r["is_ai_discourse"]) for _, r in read_records(str(shared / "labels/hard.jsonl"))]
+    return {name: ([t for t, _ in found], np.array([y for _, y in found])) for name, found in rows.items()}
+
+
+def figures(texts: list[str], truth: np.ndarray) -> dict[str, dict[str, metrics.Interval]]:
+    """Each figure of each method on one sample."""
+    array = pa.array(texts, pa.large_string())
+    decisions = {
+        "detector": 1 - Detector.load().predict(array)[:, 0] >= THRESHOLD,
+        "blocklist": Blocklist.load().scan(array)[0],
+        "always yes": np.ones(len(truth), dtype=bool),
+    }
+    return {
+        method: {name: metrics.bootstrap(figure, truth, decided, seed=0) for name, figure in FIGURES.items()}
+        for method, decided in decisions.items()
+    }
+
+
+def report(shared: Path) -> dict[str, Any]:
+    found = samples(shared)
+    return {
+        "model": Detector.load().fingerprint,
+        "blocklist": Blocklist.load().fingerprint,
+        "threshold": THRESHOLD,
+        "samples": {
+            name: {"documents": len(texts), "discourse": int(truth.sum()), "methods": figures(texts, truth)}
+            for name, (texts, truth) in found.items()
+        },
+    }
+
+
+def show(result: dict[str, Any]) -> None:
+    for name, sample in result["samples"].items():
+        print(f"\n{name}: {sample['documents']} documents, {sample['discourse']} AI discourse")
+        for method, row in sample["methods"].items():
+            cells = [f"{k} {v.value:.2f} [{v.low:.2f}, {v.high:.2f}]" for k, v in row.items()]
+            print(f"  {method:<10} " + "  ".join(cells))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shared", type=Path, default=SHARED)
+    parser.add_argument("--json", action="store_true", help="print one JSON object instead of the table")
+    asked = parser.parse_args()
+    if not (asked.shared / "labels").is_dir():
+        print(f"skipped: there are no labels in {asked.shared} (give --shared FOLDER)", file=sys.stderr)
+        if asked.json:
+            print(json.dumps({"skipped": f"no labels in {asked.shared}"}))
+        return
+    result = report(asked.shared)
+    if asked.json:
+        print(json.dumps(_plain(result)))
+    else:
+        show(result)
+
+
+def _plain(value: Any) -> Any:
+    """Intervals as objects, and undefined figures (nan) as null."""
+    if isinstance(value, metrics.Interval):
+        return {k: _plain(v) for k, v in value._asdict().items()}
+    if isinstance(value, dict):
+        return {k: _plain(v) for k, v in value.items()}
+    return None if isinstance(value, float) and np.isnan(value) else value
+
+
+if __name__ == "__main__":
+    main()
