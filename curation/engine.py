@@ -124,7 +124,7 @@ class Engine:
 
         packed = pa.table({"item": pa.array([_pack(item) for item in items], pa.large_binary())})
         dataset = ray.data.from_arrow([packed.slice(k, 1) for k in range(len(items))]).map_batches(
-            _each, fn_kwargs={"function": function}, **self._options(1)
+            _each, fn_kwargs={"function": function}, **self._options(1, len(items))
         )
         yield from self._results(dataset, label, len(items))
 
@@ -147,12 +147,12 @@ class Engine:
         packed = pa.table({"item": pa.array([_pack(item) for item in items], pa.large_binary())})
         dataset = (
             ray.data.from_arrow([packed.slice(k, 1) for k in range(len(items))])
-            .map_batches(_expand, fn_kwargs={"function": expand}, **self._options(0))
+            .map_batches(_expand, fn_kwargs={"function": expand}, **self._options(0, len(items)))
             .map_batches(_each, fn_kwargs={"function": function}, **self._options(1))
         )
         yield from self._results(dataset, label, None)
 
-    def _options(self, num_cpus: int) -> dict[str, Any]:
+    def _options(self, num_cpus: int, num_items: int | None = None) -> dict[str, Any]:
         import ray
         from ray.data import TaskPoolStrategy
 
@@ -162,7 +162,8 @@ class Engine:
             "batch_size": 1,
             "zero_copy_batch": True,
             "num_cpus": num_cpus,
-            "compute": TaskPoolStrategy(most),
+            # Ray warns when the limit is above the number of items.
+            "compute": TaskPoolStrategy(min(most, num_items or most)),
         }
 
     def _results(self, dataset: Any, label: str, total: int | None) -> Iterator[Any]:
