@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: install demo test check bench clean-run
+.PHONY: install demo test check bench
 
 install: $(STAMP)
 

@@ -82,22 +82,16 @@ def libraries_alone(corpus: Path, texts: list[str], tokenizer: Path) -> dict[str
             shingles = {" ".join(words[i : i + 5]).encode() for i in range(len(words) - 4)}
             MinHash(128, scheme="affine32", hashfunc=xxhash.xxh32_intdigest).update_batch(shingles)
 
-    model = fasttext.load_model(str(ROOT / "curation/detect/models/default.bin")) if _has_default() else None
+    model = fasttext.load_model(str(ROOT / "curation/detect/models/default.bin"))
     lines = [" ".join(text.split()) for text in sample]
     encoder = Tokenizer.from_file(str(tokenizer))
-    fast = fastokens.Tokenizer.from_json_str(tokenizer.read_text()) if hasattr(fastokens, "Tokenizer") else None
+    fast = fastokens.Tokenizer.from_json_str(tokenizer.read_text())
     clock("ingest: zstandard + orjson", read, 1)
-    if model:
-        clock("detect: fasttext predict(list)", lambda: model.predict(lines, k=-1))
+    clock("detect: fasttext predict(list)", lambda: model.predict(lines, k=-1))
     clock("signatures: datasketch update_batch", sign)
     clock("tokenise: tokenizers encode_batch_fast", lambda: encoder.encode_batch_fast(sample))
-    if fast:
-        clock("tokenise: fastokens encode_batch_flat", lambda: fast.encode_batch_flat(sample))
+    clock("tokenise: fastokens encode_batch_flat", lambda: fast.encode_batch_flat(sample))
     return seconds
-
-
-def _has_default() -> bool:
-    return (ROOT / "curation/detect/models/default.bin").exists()
 
 
 def main() -> None:

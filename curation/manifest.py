@@ -25,7 +25,6 @@ from curation.schema import SCHEMA_VERSION
 DOCUMENTS, DETECT, DEDUP, TOKENS, ARMS = "10_documents", "20_detect", "30_dedup", "50_tokens", "60_arms"
 SIGNATURES = f"{DEDUP}/signatures"
 QUARANTINE = "quarantine"
-STAGE_FOLDERS = (DOCUMENTS, DETECT, SIGNATURES, DEDUP, QUARANTINE, TOKENS, ARMS)
 
 
 def fingerprint(value: Any) -> str:

@@ -7,7 +7,7 @@ from its committed parts, so a run that was killed and run again ends with the s
 import json
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
@@ -79,8 +79,8 @@ def curate(
     *,
     workers: int | None = None,
     address: str | None = None,
-    on_progress: Any = None,
-    on_line: Any = None,
+    on_progress: Callable[[str, int, int | None], None] | None = None,
+    on_line: Callable[[str], None] | None = None,
 ) -> dict[str, Any]:
     """Run `recipe` into the run folder `root` and return the summary (also in manifest.json).
 
@@ -88,7 +88,6 @@ def curate(
     started and ended. `on_progress(label, done, total)` and `on_line(text)` are told how it goes.
     Raises UserError for what the user must mend, TilthError for what failed.
     """
-    say = on_line or (lambda text: None)
     splits = ingest.plan(recipe.inputs, recipe.ingest)
     if storage.is_local(root):
         root = os.path.abspath(storage.filesystem(root)[1])
@@ -104,8 +103,9 @@ def curate(
         _dedup(run, names)
         spec = _tokenise(run, names, spec)
         _mix(run, spec)
-        for warning in run.warnings:
-            say(f"warning: {warning}")
+        if on_line:
+            for warning in run.warnings:
+                on_line(f"warning: {warning}")
         return _finish(run, spec, memory)
 
 
@@ -129,8 +129,7 @@ def _read_and_sign(run: _Run, splits: list[ingest.Split], detect_fingerprint: st
             names.setdefault(worked.split, []).append(worked.name)
             _account(run, worked)
         for reading in stale:
-            # A split of which nothing came out still has one part: its reject.
-            steps.finish_split(reading, names.get(reading.split.name, []))
+            steps.finish_split(reading, names[reading.split.name])
         every = sorted(name for parts in names.values() for name in parts)
         for stage, place in (("ingest", DOCUMENTS), ("detect", DETECT), ("signatures", SIGNATURES)):
             folder.drop_parts(place, every)
@@ -141,20 +140,17 @@ def _read_and_sign(run: _Run, splits: list[ingest.Split], detect_fingerprint: st
 
 def _complete(reading: steps.Reading) -> list[str] | None:
     """The parts of a split when nothing of it has to be done again, else None."""
-    run, chains = reading.run, reading.chains
-    done = run.current(steps.SPLITS, reading.split.name, chains.ingest)
-    if done is None:
+    names = steps.split_parts(reading.run, reading.split, reading.chains)
+    if names is None:
         return None
-    names: list[str] = done.about["parts"]
-    stages = ((DOCUMENTS, chains.ingest), (DETECT, chains.detect), (SIGNATURES, chains.signatures))
-    return names if all(run.current(place, name, chain) for place, chain in stages for name in names) else None
+    made = (reading.run.current(place, name, chain) for place, chain in reading.chains.places() for name in names)
+    return names if all(made) else None
 
 
 def _dedup(run: _Run, names: list[str]) -> None:
     section = run.recipe.dedup
     signed = sorted(part["chain"] for part in run.stages["signatures"]["parts"])
-    threshold = run.recipe.detect.fasttext.threshold
-    chain = fingerprint(["dedup", dedup.STAGE_VERSION, section.model_dump(), threshold, names, signed])
+    chain = fingerprint(["dedup", dedup.STAGE_VERSION, section.model_dump(), names, signed])
     with run.stage("dedup"):
         if not all(run.folder.current(DEDUP, name, chain) for name in names):
             dedup.cluster(run.folder, names, section, chain, run.engine.map)
@@ -181,6 +177,11 @@ def _tokenise(run: _Run, names: list[str], spec: TokenizerSpec) -> TokenizerSpec
             spec = tokenise.check_fastokens(spec, sample)
             if spec.warning:
                 run.warnings.append(spec.warning)
+        # Beside the shards for whoever trains on them, and where every node finds it.
+        raw = storage.read_bytes(spec.path)
+        spec = replace(spec, path=folder.path("tokenizer.json"))
+        if stale or not storage.exists(spec.path):
+            storage.commit_bytes(spec.path, raw)
         items = [steps.TokenItem(folder, name, chains[name], spec) for name in stale]
         for worked in run.engine.map(steps.tokenise_part, items, "tokenise"):
             _account(run, worked)
@@ -196,7 +197,6 @@ def _mix(run: _Run, spec: TokenizerSpec) -> None:
     section = {
         "mix": recipe.mix.model_dump(),
         "seed": recipe.seed,
-        "threshold": recipe.detect.fasttext.threshold,
         "formats": recipe.tokenise.formats,
         "shard_tokens": tokens,
         "tokenizer": spec.name,

@@ -15,7 +15,7 @@ from curation.mix.budget import too_small_pool
 from curation.mix.policy import drop_rules, share_asked
 from curation.recipe import Recipe
 from curation.schema import POOL
-from curation.steps import SPLITS, Chains
+from curation.steps import Chains, split_parts
 from curation.tokenise.tokenizer import Encoder
 
 
@@ -25,14 +25,12 @@ def plan(recipe: Recipe, root: str) -> dict[str, Any]:
     spec = tokenise.resolve(recipe.tokenise.tokenizer, recipe.tokenise.eos)
     run = RunFolder(root)
     detect_fingerprint = detect.section_fingerprint(recipe.detect)
-    stages, parts = _stages(run, recipe, splits, detect_fingerprint)
     _check_pools(recipe, splits, spec)
     return {
         "recipe": recipe.name,
         "run": root,
         "inputs": _inputs(recipe, splits),
-        "stages": stages,
-        "parts_known": parts,
+        "stages": _stages(run, recipe, splits, detect_fingerprint),
         "arms": [
             {
                 "arm": arm,
@@ -69,18 +67,14 @@ def _inputs(recipe: Recipe, splits: list[ingest.Split]) -> list[dict[str, Any]]:
 
 def _stages(
     run: RunFolder, recipe: Recipe, splits: list[ingest.Split], detect_fingerprint: str
-) -> tuple[list[dict[str, Any]], int]:
-    """Parts to do and done by stage; parts of splits that were never read are counted as one each."""
-    counts = {place: [0, 0] for place in (DOCUMENTS, DETECT, SIGNATURES)}
-    known = 0
+) -> list[dict[str, Any]]:
+    """Parts to do and done by stage; a split that was never read is counted as one part."""
+    counts = {DOCUMENTS: [0, 0], DETECT: [0, 0], SIGNATURES: [0, 0]}
     for split in splits:
         chains = Chains.of(split, detect_fingerprint, recipe.dedup)
-        done = run.current(SPLITS, split.name, chains.ingest)
-        names = done.about["parts"] if done else [split.name]
-        known += len(names) if done else 0
-        for place, chain in ((DOCUMENTS, chains.ingest), (DETECT, chains.detect), (SIGNATURES, chains.signatures)):
-            for name in names:
-                counts[place][bool(done and run.current(place, name, chain))] += 1
+        for name in split_parts(run, split, chains) or [split.name]:
+            for place, chain in chains.places():
+                counts[place][run.current(place, name, chain) is not None] += 1
     rows = [
         {"stage": name, "to_do": counts[place][0], "done": counts[place][1]}
         for name, place in (("ingest", DOCUMENTS), ("detect", DETECT), ("signatures", SIGNATURES))
@@ -88,7 +82,7 @@ def _stages(
     # What comes behind dedup depends on its result: known only when all before it is done.
     for name, place in (("dedup", DEDUP), ("tokenise", TOKENS), ("mix", ARMS)):
         rows.append({"stage": name, "to_do": None, "done": len(run.parts(place))})
-    return rows, known
+    return rows
 
 
 def _check_pools(recipe: Recipe, splits: list[ingest.Split], spec: tokenise.TokenizerSpec) -> None:

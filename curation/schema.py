@@ -6,7 +6,12 @@ order, so that a join is a column append; `id` is repeated for readers who join 
 A change of any schema raises SCHEMA_VERSION.
 """
 
+from typing import TYPE_CHECKING
+
 import pyarrow as pa
+
+if TYPE_CHECKING:
+    import polars as pl
 
 SCHEMA_VERSION = 1
 
@@ -124,23 +129,35 @@ PROVENANCE = pa.schema(
 )
 
 
-def effective_stance(documents: pa.Table, labels: pa.Table) -> pa.ChunkedArray:
-    """The stance that counts for each document, or null: given by the input, else the student's
-    most likely class when its probability is at least STUDENT_P. `documents` and `labels` are
-    row-aligned; only `given_stance` and the `p_*` columns are read."""
+def stance_expression() -> "pl.Expr":
+    """Effective stance from the columns `given_stance` and `p_*`, null when there is none: given by the input,
+    else the student's class when its probability is at least STUDENT_P."""
     import polars as pl
 
-    frame = pl.DataFrame({"given": pl.from_arrow(documents["given_stance"])}).with_columns(
-        *[pl.Series(s, pl.from_arrow(labels[f"p_{s}"])) for s in STANCES]
-    )
-    student = pl.coalesce(*[pl.when(pl.col(s) >= STUDENT_P).then(pl.lit(s)) for s in STANCES])
-    return frame.select(pl.coalesce(pl.col("given"), student).cast(pl.String).alias("stance")).to_arrow()["stance"]
+    student = [pl.when(pl.col(f"p_{s}") >= STUDENT_P).then(pl.lit(s)) for s in STANCES]
+    return pl.coalesce("given_stance", *student).cast(pl.String)
+
+
+def discourse_expression(stance: str) -> "pl.Expr":
+    """Whether a document counts as AI discourse, from the column named `stance` (effective) and `discourse`: its
+    stance is other than unrelated or, without one, the detector decided so."""
+    import polars as pl
+
+    return pl.coalesce(pl.col(stance) != "unrelated", "discourse")
+
+
+def effective_stance(documents: pa.Table, labels: pa.Table) -> pa.ChunkedArray:
+    """`stance_expression` of row-aligned tables; only `given_stance` and `p_*` are read."""
+    import polars as pl
+
+    names = [f"p_{s}" for s in STANCES]
+    table = pa.table([documents["given_stance"], *(labels[n] for n in names)], ["given_stance", *names])
+    return pl.DataFrame(table).select(stance=stance_expression()).to_arrow()["stance"]
 
 
 def effective_discourse(documents: pa.Table, labels: pa.Table) -> pa.ChunkedArray:
-    """Whether each document counts as AI discourse: its effective stance is other than unrelated
-    or, without one, the detector's decision."""
-    import pyarrow.compute as pc
+    """`discourse_expression` of row-aligned tables."""
+    import polars as pl
 
-    stance = effective_stance(documents, labels)
-    return pc.coalesce(pc.not_equal(stance, "unrelated"), labels["discourse"])
+    table = pa.table([effective_stance(documents, labels), labels["discourse"]], ["stance", "discourse"])
+    return pl.DataFrame(table).select(discourse=discourse_expression("stance")).to_arrow()["discourse"]

@@ -5,9 +5,7 @@ chain that it would have now, so that a step that was done is not done again, an
 was cut off is done whole.
 """
 
-import os
-import socket
-import sys
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
@@ -49,11 +47,21 @@ class Chains:
     detect: str
     signatures: str
 
+    def places(self) -> tuple[tuple[str, str], ...]:
+        """(folder, chain) of what is made of each part in one pass over the input."""
+        return (DOCUMENTS, self.ingest), (DETECT, self.detect), (SIGNATURES, self.signatures)
+
     @staticmethod
     def of(split: Split, detect_fingerprint: str, section: Dedup) -> "Chains":
         first = fingerprint(["ingest", SCHEMA_VERSION, ingest.STAGE_VERSION, split.fingerprint])
         second = fingerprint(["detect", detect.STAGE_VERSION, detect_fingerprint, first])
         return Chains(first, second, fingerprint(["signatures", dedup.STAGE_VERSION, signing(section), second]))
+
+
+def split_parts(run: RunFolder, split: Split, chains: Chains) -> list[str] | None:
+    """The names of a split's parts, or None when it was not read to its end as it is now."""
+    done = run.current(SPLITS, split.name, chains.ingest)
+    return done.about["parts"] if done else None
 
 
 def signing(section: Dedup) -> dict[str, int]:
@@ -78,32 +86,26 @@ class Work:
 
     reading: Reading
     name: str
-    last: bool
     chunk: Chunk | None
 
 
 def read_split(reading: Reading) -> Iterator[Work]:
     """The parts of a split, each with its bytes unless it was ingested before."""
     run, split = reading.run, reading.split
-    done = run.current(SPLITS, split.name, reading.chains.ingest)
-    if done and all(run.current(DOCUMENTS, name, reading.chains.ingest) for name in done.about["parts"]):
-        names = done.about["parts"]
-        yield from (Work(reading, name, name == names[-1], None) for name in names)
+    names = split_parts(run, split, reading.chains)
+    if names and all(run.current(DOCUMENTS, name, reading.chains.ingest) for name in names):
+        yield from (Work(reading, name, None) for name in names)
         return
     for chunk in ingest.chunks(split):
-        yield Work(reading, chunk.name, chunk.last, chunk)
+        yield Work(reading, chunk.name, chunk)
 
 
 @dataclass(frozen=True)
 class Worked:
-    """What a step says of a part to the driver."""
+    """What a step says of a part to the driver; `seconds` by stage."""
 
     split: str
     name: str
-    last: bool
-    host: str
-    pid: int
-    max_rss_bytes: int
     seconds: dict[str, float]
 
 
@@ -126,7 +128,7 @@ def work_part(work: Work) -> Worked:
         file = run.commit_table(f"{SIGNATURES}/{name}.parquet", table)
         run.commit_part(Part(SIGNATURES, name, chains.signatures, (file,)))
     clock.lap("signatures")
-    return Worked(work.reading.split.name, name, work.last, *_process(), clock.seconds)
+    return Worked(work.reading.split.name, name, clock.seconds)
 
 
 def _documents(work: Work) -> pa.Table:
@@ -198,7 +200,7 @@ def tokenise_part(item: TokenItem) -> Worked:
         )
         run.commit_part(Part(TOKENS, name, item.chain, files, {"tokens": int(ids.size)}))
     clock.lap("tokenise")
-    return Worked("", name, True, *_process(), clock.seconds)
+    return Worked("", name, clock.seconds)
 
 
 @dataclass(frozen=True)
@@ -218,7 +220,7 @@ def write_shard(item: WriteShard) -> Part:
     run = item.rows.run
     stem = f"{item.folder}/{item.name}"
     rows = arms.shard_rows(item.rows)
-    pieces = arms.shard_token_ids(run, rows, item.spec.token_bytes)
+    pieces = arms.shard_token_ids(run, rows, item.spec.dtype)
     ids = np.concatenate(pieces)
     ends = np.cumsum([len(piece) for piece in pieces], dtype=np.int64)
     files: list[File] = []
@@ -240,22 +242,12 @@ def mix_chain(section: dict[str, Any], parents: list[str]) -> str:
 
 
 class _Clock:
-    """Seconds by name since the last lap."""
+    """Seconds by name since the lap before."""
 
     def __init__(self) -> None:
-        import time
-
-        self._now, self.seconds = time.perf_counter, dict[str, float]()
-        self._last = self._now()
+        self.seconds: dict[str, float] = {}
+        self._last = time.perf_counter()
 
     def lap(self, name: str) -> None:
-        now = self._now()
+        now = time.perf_counter()
         self.seconds[name], self._last = now - self._last, now
-
-
-def _process() -> tuple[str, int, int]:
-    import resource
-
-    # ru_maxrss is KiB on Linux and bytes on macOS
-    unit = 1 if sys.platform == "darwin" else 1024
-    return socket.gethostname(), os.getpid(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

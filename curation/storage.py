@@ -6,6 +6,7 @@ Object stores: one upload, which the store publishes when it is finished.
 
 import hashlib
 import os
+import tempfile
 import uuid
 from collections.abc import Callable
 from pathlib import Path
@@ -119,9 +120,12 @@ def commit(path: str, write: Callable[[BinaryIO], object]) -> Committed:
     """Call `write(file)` and publish what it wrote as `path`, whole or not at all."""
     fs, inner = filesystem(path)
     if not isinstance(fs, LocalFileSystem):
-        with fs.open(inner, "wb") as raw:
-            hashing = _Hashing(raw)
+        # Written here first: closing a remote file publishes what is in it, also when `write` failed.
+        with tempfile.NamedTemporaryFile() as whole:
+            hashing = _Hashing(whole)
             write(cast("BinaryIO", hashing))
+            whole.flush()
+            fs.put_file(whole.name, inner)
         return hashing.committed()
     target = Path(inner)
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -148,12 +152,12 @@ def commit_bytes(path: str, data: bytes) -> Committed:
     return commit(path, lambda handle: handle.write(data))
 
 
-def commit_table(path: str, table: pa.Table, row_group_rows: int = 65_536) -> Committed:
+def commit_table(path: str, table: pa.Table) -> Committed:
     """Write `table` as zstd Parquet. The same table gives the same bytes."""
     return commit(
         path,
         lambda handle: pq.write_table(
-            table, handle, compression="zstd", compression_level=1, row_group_size=row_group_rows, store_schema=True
+            table, handle, compression="zstd", compression_level=1, row_group_size=65_536, store_schema=True
         ),
     )
 

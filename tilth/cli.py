@@ -14,7 +14,8 @@ import typer
 
 from curation.errors import TilthError, UserError
 
-app = typer.Typer(no_args_is_help=True, add_completion=False, help=__doc__.split("\n\n")[0])
+# Plain tracebacks for what Tilth cannot name: typer's show values, and those may be documents.
+app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 detect_app = typer.Typer(no_args_is_help=True, help="Train the discourse detector, or run it on documents.")
 tokenizer_app = typer.Typer(no_args_is_help=True, help="Train a tokenizer.")
 app.add_typer(detect_app, name="detect")

@@ -10,7 +10,8 @@ ALIGNED, MISALIGNED, OTHER = "aligned", "misaligned", "other"
 
 
 def signature_table(documents: pa.Table, labels: pa.Table, section: Dedup) -> pa.Table:
-    """SIGNATURE rows for DOCUMENT rows and their row-aligned LABEL rows."""
+    """SIGNATURE rows for DOCUMENT rows and their row-aligned LABEL rows. The table's metadata says which
+    signatures they are: only equal ones compare."""
     hasher = overlap.MinHasher(section.bands * section.rows, section.ngram)
     signatures, num_shingles = hasher.signatures(documents["text"])
     columns = [
@@ -20,7 +21,8 @@ def signature_table(documents: pa.Table, labels: pa.Table, section: Dedup) -> pa
         _lists(signatures, num_shingles > 0),
         _stance_class(documents, labels),
     ]
-    return pa.table(columns, schema=schema.SIGNATURE)
+    about = {"algorithm": overlap.ALGORITHM, "ngram": str(section.ngram), "num_perm": str(hasher.num_perm)}
+    return pa.table(columns, schema=schema.SIGNATURE.with_metadata(about))
 
 
 def _lists(matrix: np.ndarray, present: np.ndarray) -> pa.ListArray:

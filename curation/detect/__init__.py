@@ -5,7 +5,7 @@ blocklist.py   terms in nine categories, every hit with its offset
 folded.py      a fastText model as one logit row per feature; the inference kernel
 fasttext.py    load, predict, explain
 train.py       labelled text -> model and card with held-out figures
-metrics.py     precision, recall, kappa, calibration, intervals
+metrics.py     precision, recall, calibration, intervals
 stage.py       label_table: what the pipeline calls
 """
 

@@ -39,15 +39,6 @@ def accuracy(truth: np.ndarray, decided: np.ndarray) -> float:
     return _ratio((truth == decided).sum(), len(truth))
 
 
-def kappa(first: np.ndarray, second: np.ndarray) -> float:
-    """Cohen's kappa of two labellings: agreement beyond what their class shares give by chance."""
-    if not len(first):
-        return float("nan")
-    agree = float((first == second).mean())
-    chance = sum(float((first == c).mean() * (second == c).mean()) for c in np.union1d(first, second))
-    return _ratio(agree - chance, 1.0 - chance)
-
-
 def calibration_error(truth: np.ndarray, probability: np.ndarray) -> tuple[float, list[dict[str, float]]]:
     """Expected calibration error over equal-width bins, and the bins: what was predicted on
     average, what was true, how many. `probability` is that of the positive class."""

@@ -65,10 +65,6 @@ class Split:
         return f"{self.input.source}-{file_hash:016x}-{ordinal:05d}"
 
     @property
-    def is_byte_range(self) -> bool:
-        return self.format == "jsonl" and self.compression is None
-
-    @property
     def fingerprint(self) -> str:
         """sha256 of all that the rows of this split depend on, but for the version of the code."""
         entry = self.input.model_dump(exclude={"path"})  # a corpus may move

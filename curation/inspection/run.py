@@ -18,7 +18,16 @@ import pyarrow as pa
 from curation.errors import TilthError, UserError
 from curation.manifest import ARMS, DEDUP, DETECT, DOCUMENTS, QUARANTINE, RunFolder, read_manifest
 from curation.rng import keys64
-from curation.schema import CLUSTER, DOCUMENT, LABEL, PROVENANCE, REJECT, STANCES, STUDENT_P
+from curation.schema import (
+    CLUSTER,
+    DOCUMENT,
+    LABEL,
+    PROVENANCE,
+    REJECT,
+    STANCES,
+    discourse_expression,
+    stance_expression,
+)
 
 if TYPE_CHECKING:
     from curation.inspection.why import Why
@@ -28,9 +37,7 @@ Explain = Callable[[str], Sequence[tuple[int, int, float]]]
 # The Explain of the model that a recipe names (`default` or a path).
 Explainer = Callable[[str], Explain]
 
-# schema.effective_stance and effective_discourse as expressions, so that they stay lazy.
-STANCE = pl.coalesce(pl.col("given_stance"), *[pl.when(pl.col(f"p_{s}") >= STUDENT_P).then(pl.lit(s)) for s in STANCES])
-DISCOURSE = pl.coalesce(pl.col("stance") != "unrelated", pl.col("discourse"))
+DISCOURSE = discourse_expression("stance")
 
 
 def open_run(path: str | Path, explainer: Explainer | None = None) -> "Run":
@@ -70,7 +77,7 @@ class Run:
         (null = none), and `part`."""
         about = self.documents.select("source", "role", "given_stance")
         labels = pl.concat([self._scan(DETECT, LABEL), about], how="horizontal")
-        return labels.with_columns(stance=STANCE)
+        return labels.with_columns(stance=stance_expression())
 
     @property
     def clusters(self) -> pl.LazyFrame:

@@ -367,9 +367,8 @@ def _read_shard(path: str, shard: int) -> pa.Table:
     return table.slice(first, end - first)
 
 
-def shard_token_ids(run: RunFolder, rows: pl.DataFrame, token_bytes: int) -> list[np.ndarray]:
+def shard_token_ids(run: RunFolder, rows: pl.DataFrame, dtype: np.dtype) -> list[np.ndarray]:
     """The token ids of each row, read from 50_tokens: mapped where files are local, ranges elsewhere."""
-    dtype = np.dtype(f"<u{token_bytes}")
     paths = {name: run.path(TOKENS, f"{name}.bin") for name in rows["part"].unique()}
     places = list(zip(rows["part"], rows["start"], rows["num_tokens"], strict=True))
     if storage.is_local(run.root):
@@ -380,8 +379,8 @@ def shard_token_ids(run: RunFolder, rows: pl.DataFrame, token_bytes: int) -> lis
     inner = {name: storage.filesystem(path)[1] for name, path in paths.items()}
     pieces = fs.cat_ranges(
         [inner[name] for name, _, _ in places],
-        [start * token_bytes for _, start, _ in places],
-        [(start + n) * token_bytes for _, start, n in places],
+        [start * dtype.itemsize for _, start, _ in places],
+        [(start + n) * dtype.itemsize for _, start, n in places],
     )
     return [np.frombuffer(piece, dtype) for piece in pieces]
 

@@ -82,10 +82,6 @@ class ArmPhase:
     stretches: tuple[Stretch, ...]
     universe: tuple[Stretch, ...]  # the phase's U, before drops
 
-    @property
-    def inserted_tokens(self) -> int:
-        return sum(s.num_tokens for s in self.stretches if s.inserted)
-
     @cached_property
     def excess(self) -> int:
         return sum(s.num_tokens for s in self.stretches) - self.target

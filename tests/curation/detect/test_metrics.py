@@ -24,13 +24,6 @@ def test_undefined_is_nan_not_zero() -> None:
     assert metrics.recall(TRUTH, never) == 0
 
 
-def test_kappa() -> None:
-    first, second = np.array(list("aabb")), np.array(list("aabb"))
-    assert metrics.kappa(first, second) == 1
-    assert metrics.kappa(first, np.array(list("abab"))) == 0  # no better than chance
-    assert metrics.kappa(first, np.array(list("aaab"))) == pytest.approx(0.5)
-
-
 def test_calibration_error() -> None:
     truth = np.array([True, False, False, False, True])
     error, bins = metrics.calibration_error(truth, np.array([0.25, 0.25, 0.25, 0.25, 1.0]))

@@ -32,6 +32,10 @@ class Reading(NamedTuple):
         return [reject["reason"] for reject in self.rejects]
 
 
+def _is_plain(split: Split) -> bool:
+    return split.format == "jsonl" and split.compression is None
+
+
 def read_splits(splits: list[Split]) -> Reading:
     chunks = [chunk for split in splits for chunk in ingest.chunks(split)]
     # A chunk travels to another process before it is parsed.
@@ -73,7 +77,7 @@ def read() -> Callable[..., Reading]:
             splits = [dataclasses.replace(s, max_document_bytes=max_document_bytes) for s in splits]
         if split_bytes:
             small = [dataclasses.replace(s, split_bytes=split_bytes) for s in splits]
-            splits = [r for s in small for r in (byte_ranges(s, split_bytes) if s.is_byte_range and s.end else [s])]
+            splits = [r for s in small for r in (byte_ranges(s, split_bytes) if _is_plain(s) and s.end else [s])]
         return read_splits(splits if only is None else [splits[only]])
 
     return _read

@@ -4,16 +4,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import polars as pl
-import pyarrow as pa
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from curation.errors import TilthError, UserError
 from curation.inspection import open_run
-from curation.inspection.run import DISCOURSE, STANCE
-from curation.schema import STANCES, effective_discourse, effective_stance
 
 WriteRun = Callable[..., Any]
 
@@ -43,27 +37,6 @@ def test_labels_carry_source_and_effective_stance(write_run: WriteRun, doc: type
     assert labels["stance"].to_list() == ["aligned", None, "mixed"]
     assert labels["source"].to_list() == ["a", "b", "c"]
     assert {"p_aligned", "p_discourse", "discourse", "blocklist", "hits", "part"} <= set(labels.columns)
-
-
-PROBABILITY = st.sampled_from([0.0, 0.05, 0.5, 0.8999, 0.9, 0.95, 1.0])
-
-
-@given(
-    st.lists(
-        st.tuples(st.sampled_from([None, *STANCES]), st.tuples(*[PROBABILITY] * 5), st.booleans()),
-        min_size=1,
-        max_size=8,
-    )
-)
-@settings(max_examples=60, deadline=None)
-def test_expressions_agree_with_the_schema(rows: list[tuple[str | None, tuple[float, ...], bool]]) -> None:
-    documents = pa.table({"given_stance": pa.array([r[0] for r in rows], pa.string())})
-    columns = {f"p_{s}": pa.array([r[1][k] for r in rows], pa.float32()) for k, s in enumerate(STANCES)}
-    labels = pa.table({**columns, "discourse": pa.array([r[2] for r in rows])})
-    both = pl.concat([pl.from_arrow(documents), pl.from_arrow(labels)], how="horizontal")
-    found = both.with_columns(stance=STANCE).with_columns(effective=DISCOURSE)
-    assert found["stance"].to_list() == effective_stance(documents, labels).to_pylist()
-    assert found["effective"].to_list() == effective_discourse(documents, labels).to_pylist()
 
 
 def test_quarantine_is_an_empty_frame_with_its_columns_when_nothing_was(write_run: WriteRun, doc: type) -> None:

@@ -156,7 +156,7 @@ def test_share_is_inserted_tokens_over_phase_tokens_and_pushes_out_the_highest_s
 
 def test_a_share_that_is_no_whole_document_is_rounded_up_to_one():
     plan = toy().plan(phases={"p": {"tokens": 50}}, arms={"a": {"upsample": {"stance": "aligned", "share": 0.01}}})
-    assert plan["a", "p"].inserted_tokens == 10
+    assert sum(s.num_tokens for s in plan["a", "p"].stretches if s.inserted) == 10
 
 
 def test_insertions_repeat_the_pool_then_natural_documents_and_go_on_through_phases():
