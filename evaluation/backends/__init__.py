@@ -5,7 +5,7 @@ backends of one checkpoint get the same ids. Answers come in batches, in any ord
 suite commits each batch before it takes the next.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -68,8 +68,10 @@ class Backend(Protocol):
         """What the numbers depend on: dtype, device, versions. No paths, no secrets."""
         ...
 
-    def score(self, asks: Sequence[Ask]) -> Iterator[Batch]:
-        """Raises TilthError when the model cannot be reached any more: what was yielded stays."""
+    def score(self, asks: Sequence[Ask], done: Collection[int] = ()) -> Iterator[Batch]:
+        """Answers to all but the asks whose indices are `done`; the rest get the same numbers as with none done.
+
+        Raises TilthError when the model cannot be reached any more: what was yielded stays."""
         ...
 
-    def generate(self, asks: Sequence[Generate]) -> Iterator[Batch]: ...
+    def generate(self, asks: Sequence[Generate], done: Collection[int] = ()) -> Iterator[Batch]: ...
