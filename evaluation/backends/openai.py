@@ -8,6 +8,7 @@ of exactly the model's length fits, which with `echo` it does not: vLLM keeps a 
 """
 
 import asyncio
+import http.client
 import json
 import os
 import queue
@@ -16,7 +17,8 @@ import threading
 import urllib.error
 import urllib.parse
 import urllib.request
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -51,7 +53,7 @@ class _Request:
     prompts: list[Tokens]
     places: list[tuple[int, int]]
     """Of each prompt: index of the ask, and number of the continuation (0 when all are read at once)."""
-    reads: list[_Read]
+    reads: Sequence[_Read]
 
 
 class OpenAI:
@@ -70,7 +72,7 @@ class OpenAI:
         on_line: Callable[[str], None] | None = None,
     ):  # fmt: skip
         self.url = _base(url)
-        self._key = os.environ.get("TILTH_API_KEY") or os.environ.get("OPENAI_API_KEY") or ""
+        self._key = (os.environ.get("TILTH_API_KEY") or os.environ.get("OPENAI_API_KEY") or "").strip()
         self._concurrency, self._deadline_s = concurrency, deadline_s
         self._say = on_line or (lambda _: None)
         cards = self._cards()
@@ -95,32 +97,30 @@ class OpenAI:
     def score(self, asks: Sequence[Ask]) -> Iterator[Batch]:
         """Raises UserError when the server gives no log-probabilities of chosen tokens."""
         requests = [*self._letters(asks), *self._continuations(asks)]
-        found: dict[int, dict[int, _Value]] = {}
-        for line in self._run(requests):
-            done = []
-            for (index, number), value in line:
-                values = found.setdefault(index, {})
-                values[number] = value
-                if asks[index].single or len(values) == len(asks[index].continuations):
-                    done.append(index)
-            if done:
-                answers = [found.pop(index) for index in done]
-                yield Batch(
-                    tuple(done), tuple(tuple(p for _, value in sorted(a.items()) for p in value) for a in answers)
-                )
+        found: dict[int, dict[int, Any]] = {}
+        with closing(self._run(requests)) as lines:
+            for line in lines:
+                done = []
+                for (index, number), value in line:
+                    values = found.setdefault(index, {})
+                    values[number] = value
+                    if asks[index].single or len(values) == len(asks[index].continuations):
+                        done.append(index)
+                answers = [sorted(found.pop(index).items()) for index in done]
+                if done:
+                    yield Batch(tuple(done), tuple(tuple(p for _, ps in answer for p in ps) for answer in answers))
 
     def generate(self, asks: Sequence[Generate]) -> Iterator[Batch]:
         # Else vLLM takes a penalty from the checkpoint's generation_config.json, where other servers know none.
         fields = {"repetition_penalty": 1.0} if self._vllm else {}
-        lengths = {ask.max_tokens for ask in asks}
-        requests = [
-            _Request({"max_tokens": length, **fields}, [asks[i].context for i in part], [(i, 0) for i in part], reads)
-            for length in sorted(lengths)
-            for part in _parts([index for index, ask in enumerate(asks) if ask.max_tokens == length])
-            for reads in [[_text] * len(part)]
-        ]
-        for line in self._run(requests):
-            yield Batch(tuple(index for (index, _), _ in line), tuple(value for _, value in line))
+        requests = []
+        for length in sorted({ask.max_tokens for ask in asks}):
+            for part in _parts([index for index, ask in enumerate(asks) if ask.max_tokens == length]):
+                contexts, places = [asks[index].context for index in part], [(index, 0) for index in part]
+                requests.append(_Request({"max_tokens": length, **fields}, contexts, places, [_text] * len(part)))
+        with closing(self._run(requests)) as lines:
+            for line in lines:
+                yield Batch(tuple(index for (index, _), _ in line), tuple(value for _, value in line))
 
     # What is sent, and how it is read.
 
@@ -159,7 +159,7 @@ class OpenAI:
 
     # The loop in its thread.
 
-    def _run(self, requests: list[_Request]) -> Iterator[list[tuple[tuple[int, int], _Value]]]:
+    def _run(self, requests: list[_Request]) -> Generator[list[tuple[tuple[int, int], _Value]], None, None]:
         """Places and values of each request as it is answered. Nothing goes on when the iterator is closed."""
         if not requests:
             return
@@ -220,7 +220,7 @@ class OpenAI:
                 f"nothing answers at {self.url} ({self.short(str(reason))}): start a server with `tilth serve`, or "
                 "correct the URL"
             ) from None
-        except (ValueError, LookupError, TypeError, urllib.error.ContentTooShortError):
+        except (ValueError, LookupError, TypeError, http.client.HTTPException):
             raise self._no_api("what it gives for its models is no list of them") from None
         if not cards:
             raise UserError(f"{self.url} serves no model: start a server with `tilth serve`")
@@ -229,7 +229,7 @@ class OpenAI:
     def _version(self, owner: str) -> str:
         try:
             version = str(self._get(self.url.removesuffix("/v1") + "/version")["version"])
-        except (OSError, ValueError, LookupError, TypeError):
+        except (OSError, ValueError, LookupError, TypeError, http.client.HTTPException):
             version = ""
         return f"{owner} {version}".strip() or "unknown"
 
@@ -267,6 +267,8 @@ class _Run:
     def __init__(self, backend: OpenAI, requests: list[_Request], put: Callable[[Any], None]):
         self._backend, self._requests, self._put = backend, requests, put
         self._refused_since: float | None = None
+        self._said: set[str] = set()
+        """Since the last answer: many requests fail alike."""
 
     async def main(self) -> None:
         backend = self._backend
@@ -304,7 +306,7 @@ class _Run:
             )
         try:
             values = [read(choice) for read, choice in zip(request.reads, choices, strict=True)]
-        except (LookupError, TypeError):
+        except (LookupError, TypeError, ValueError):
             if "logprobs" in request.fields:
                 raise backend._no_logprobs() from None
             raise TilthError(f"{backend.url} answered with a completion without a text") from None
@@ -322,6 +324,7 @@ class _Run:
                     text = await response.text()
                     self._refused_since = None
                     if response.status == 200:
+                        self._said.clear()
                         return orjson.loads(text)
                     if response.status != 429 and response.status < 500:
                         raise self._final(response.status, text, request)
@@ -347,7 +350,9 @@ class _Run:
                     f"the server at {backend.url} {what}, {tries} times: look at its log and run the same command "
                     "again, which goes on from here"
                 )
-            self._put(f"the server at {backend.url} {what}: trying again")
+            if what not in self._said:
+                self._said.add(what)
+                self._put(f"the server at {backend.url} {what}: trying again")
             await asyncio.sleep(max(pause, _WAIT_S * 2 ** (tries - 1)) * random.uniform(1.0, 1.5))
 
     def _final(self, status: int, text: str, request: _Request) -> TilthError:
