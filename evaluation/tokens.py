@@ -34,16 +34,15 @@ class Encoder:
         ids = self.tokenizer(list(texts), return_attention_mask=False)["input_ids"]
         return [tuple(row[: len(row) - self._tail]) for row in ids]
 
-    def encode_chats(self, chats: Sequence[Sequence[dict[str, str]]]) -> list[Tokens]:
-        """Ids of the chat template's text, ready for the assistant's turn."""
-        texts = [self.tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True) for chat in chats]
+    def encode_templated(self, texts: Sequence[str]) -> list[Tokens]:
+        """Ids of what `chat_texts` gave, and of more after it: the template writes its special tokens itself."""
         if not texts:
             return []
-        # The template writes its special tokens itself.
-        ids = self.tokenizer(texts, add_special_tokens=False, return_attention_mask=False)["input_ids"]
+        ids = self.tokenizer(list(texts), add_special_tokens=False, return_attention_mask=False)["input_ids"]
         return [tuple(row) for row in ids]
 
     def chat_texts(self, chats: Sequence[Sequence[dict[str, str]]]) -> list[str]:
+        """Up to where the assistant's turn begins."""
         return [self.tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True) for chat in chats]
 
 

@@ -111,6 +111,7 @@ class OpenAI:
                     yield Batch(tuple(done), tuple(tuple(p for _, ps in answer for p in ps) for answer in answers))
 
     def generate(self, asks: Sequence[Generate]) -> Iterator[Batch]:
+        """Texts begin as they continue the context, so often with a space."""
         # Else vLLM takes a penalty from the checkpoint's generation_config.json, where other servers know none.
         fields = {"repetition_penalty": 1.0} if self._vllm else {}
         requests = []
@@ -277,7 +278,7 @@ class _Run:
         if backend._key:
             headers["Authorization"] = f"Bearer {backend._key}"
         async with aiohttp.ClientSession(
-            connector=aiohttp.TCPConnector(limit=many), headers=headers, trust_env=True,
+            connector=aiohttp.TCPConnector(limit=many), headers=headers, proxy=_proxy(backend.url),
             timeout=aiohttp.ClientTimeout(total=backend._deadline_s, sock_connect=_GONE_S),
         ) as session:  # fmt: skip
 
@@ -382,6 +383,12 @@ def _base(url: str) -> str:
     if parts.scheme not in ("http", "https") or not parts.hostname:
         raise UserError(f"{url} is no URL of a server: give one like http://127.0.0.1:8000/v1")
     return url.rstrip("/").removesuffix("/v1") + "/v1"
+
+
+def _proxy(url: str) -> str | None:
+    """As urllib chooses it; aiohttp's own way would look into ~/.netrc before each request."""
+    parts = urllib.parse.urlsplit(url)
+    return None if urllib.request.proxy_bypass(parts.hostname or "") else urllib.request.getproxies().get(parts.scheme)
 
 
 def _parts(rows: list[Any]) -> list[list[Any]]:

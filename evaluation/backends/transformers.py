@@ -53,15 +53,14 @@ class Transformers:
 
     name = "transformers"
 
-    def __init__(self, checkpoint: str, *, dtype: str | None = None, device: str | None = None):
+    def __init__(self, checkpoint: str, tokenizer: Any, *, dtype: str | None = None, device: str | None = None):
         import torch
         import transformers
 
-        self._torch = torch
+        self._torch, self.tokenizer = torch, tokenizer
         self.device = device or ("cuda" if torch.cuda.is_available() else "cpu")
         kind = dtype or ("auto" if self.device == "cuda" else "float32")
         try:
-            self.tokenizer = transformers.AutoTokenizer.from_pretrained(checkpoint)
             model: Any = transformers.AutoModelForCausalLM.from_pretrained(checkpoint, dtype=kind)
         # Whatever is wrong with a checkpoint, transformers has an exception for it, of many classes.
         except Exception as error:
@@ -105,9 +104,9 @@ class Transformers:
                     if not left[row.index]:
                         answered.append(row.index)
             # An ask whose continuations fell into two batches is answered with the later one.
-            values_of = [tuple(value for _, values in sorted(found.pop(index)) for value in values) for index in answered]
+            parts = [sorted(found.pop(index)) for index in answered]
             if answered:
-                yield Batch(tuple(answered), tuple(values_of))
+                yield Batch(tuple(answered), tuple(tuple(x for _, values in part for x in values) for part in parts))
 
     def generate(self, asks: Sequence[Generate], done: Collection[int] = ()) -> Iterator[Batch]:
         from transformers import GenerationConfig
