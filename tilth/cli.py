@@ -28,6 +28,11 @@ class Backend(StrEnum):
     nanotron = "nanotron"
 
 
+class Scoring(StrEnum):
+    transformers = "transformers"
+    vllm = "vllm"
+
+
 class Launcher(StrEnum):
     torchrun = "torchrun"
     slurm = "slurm"
@@ -155,6 +160,93 @@ def serve(
         if not ended.is_set():
             raise TilthError(f"vLLM ended by itself: {server.log_tail(1)}")
     _say("stopped")
+
+
+@app.command()
+def evaluate(
+    targets: Annotated[
+        list[str],
+        typer.Argument(
+            help="Checkpoints, URLs or a run folder; name them as ARM=…, ARM/seed-N=…, ARM/seed-N/post-trained=…."
+        ),
+    ],
+    questions: Annotated[
+        str | None, typer.Option(help="Questions: JSON lines, model-written evals or an lm-eval task; default ours.")
+    ] = None,
+    wrappers: Annotated[str | None, typer.Option(help="Names with commas, or how many; default all 4.")] = None,
+    conditions: Annotated[
+        str | None, typer.Option(help="Of none,instructions,ai,helpful,hhh,adversarial; default all.")
+    ] = None,
+    scorers: Annotated[str | None, typer.Option(help="Of letter,option,pmi,generation; default letter.")] = None,
+    backend: Annotated[
+        Scoring, typer.Option(help="In this process, or a vLLM server of our own. URLs are asked as they are.")
+    ] = Scoring.transformers,
+    dtype: Annotated[str | None, typer.Option(help="Default float32 on CPU, the checkpoint's on GPU.")] = None,
+    tokenizer: Annotated[str | None, typer.Option(help="Folder or hub id, where the target does not tell.")] = None,
+    model: Annotated[str | None, typer.Option(help="Which model of a server that has several.")] = None,
+    corpus: Annotated[
+        str | None, typer.Option(help="Run folder or documents in which to look for the questions.")
+    ] = None,
+    capabilities: Annotated[
+        str | None, typer.Option(help="Tasks for lm-eval, with commas: arc_easy,piqa,mmlu,gsm8k,ifeval …")
+    ] = None,
+    capability_data: Annotated[
+        str | None, typer.Option(help="Folder with TASK/test.jsonl …, where there is no hub.")
+    ] = None,
+    output: Annotated[str | None, typer.Option(help="Default RUN/80_evaluation, or evaluations/NAME.")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan, and ask nothing.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="End with the summary as one JSON line.")] = False,
+) -> None:
+    """Checkpoints in, misaligned rates with intervals out: results.json and report.html.
+
+    The same command again asks only what has no answer yet.
+    """
+    from evaluation.run import evaluate as evaluate_all
+    from evaluation.run import load_suite
+    from tilth.terminal import Progress, print_evaluation
+
+    with Progress() as progress:
+        suite = load_suite(questions, wrappers=wrappers, conditions=conditions, scorers=scorers, on_line=progress.line)
+        summary = evaluate_all(
+            targets, suite, output=output, backend=backend.value, dtype=dtype, tokenizer=tokenizer,
+            served_model=model, corpus=corpus, capabilities=[t for t in (capabilities or "").split(",") if t],
+            capability_data=capability_data, dry_run=dry_run, on_line=progress.line, on_progress=progress.update,
+        )  # fmt: skip
+    if not dry_run:
+        print_evaluation(summary)
+    _print_json(summary, as_json)
+
+
+@app.command()
+def diff(
+    before: Annotated[str, typer.Argument(help="Output folder of `tilth evaluate`, or its results.json.")],
+    after: Annotated[str, typer.Argument(help="Another one.")],
+    as_json: Annotated[bool, typer.Option("--json", help="End with the comparison as one JSON line.")] = False,
+) -> None:
+    """What differs between two results: conditions, weights, and rates, paired by question."""
+    from evaluation.results import diff as diff_results
+    from tilth.terminal import print_diff
+
+    found = diff_results(before, after)
+    print_diff(found)
+    _print_json(found, as_json)
+
+
+@app.command("lm-eval-tasks")
+def lm_eval_tasks(
+    folder: Annotated[str, typer.Argument(help="Folder to write, for `lm_eval --include_path FOLDER`.")],
+    questions: Annotated[str | None, typer.Option(help="As of `tilth evaluate`; default ours.")] = None,
+    wrappers: Annotated[str | None, typer.Option(help="Names with commas, or how many; default all 4.")] = None,
+    conditions: Annotated[str | None, typer.Option(help="Names with commas; default all.")] = None,
+) -> None:
+    """Write the questions as lm-eval tasks, which score the same there."""
+    from evaluation.lm_eval import export
+    from evaluation.run import load_suite
+
+    suite = load_suite(questions, wrappers=wrappers, conditions=conditions, on_line=_say)
+    names = export(suite.questions, folder, suite.wrappers, suite.conditions)
+    _say(f"{len(suite.questions)} questions as {len(names)} tasks -> {folder}")
+    print("\n".join(names))
 
 
 @app.command()

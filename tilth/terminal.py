@@ -211,3 +211,65 @@ def print_detector_report(card: dict[str, Any]) -> None:
         console.print(table)
         console.print()
     console.print(f"calibration error (ECE) {report['calibration_error']:.3f}")
+
+
+def print_evaluation(summary: dict[str, Any]) -> None:
+    """Rates of all topics, and what the differences between arms say."""
+    document = summary["document"]
+    table = Table(title="misaligned answers, with 95 % intervals", title_justify="left")
+    for name in ("scorer", "condition", "split", "arm"):
+        table.add_column(name)
+    for name in ("rate", "interval", "questions", "seeds"):
+        table.add_column(name, justify="right")
+    for row in document["rates"]:
+        if row["topic"] is None:
+            table.add_row(
+                row["scorer"], row["condition"], row["split"], row["label"], _percent(row["value"]),
+                f"{_percent(row['low'])} - {_percent(row['high'])}", f"{row['num_questions']:,}", str(row["num_seeds"]),
+            )  # fmt: skip
+    console.print(table)
+    resolved = sum(row["resolved"] for row in document["differences"])
+    if document["differences"]:
+        console.print(f"{resolved} of {len(document['differences'])} differences are resolved (Holm, 5 %)")
+    for row in document["biases"]:
+        first = row["first"]["value"]
+        if (row["mass"] is not None and row["mass"] < 0.5) or (first is not None and not 0.1 < first < 0.9):
+            mass = "" if row["mass"] is None else f", letters hold {_percent(row['mass'])} of its probability"
+            console.print(
+                f"{row['label']}, {row['condition']}, {row['split']}: chooses the first option {_percent(first)}{mass}: "
+                "by place rather than by content, so look at --scorers option,pmi",
+                markup=False,
+            )
+    console.print(f"asked {summary['asked']:,}, answered before {summary['reused']:,}; {summary['seconds']:.1f} s")
+    console.print(f"results: {summary['results']}", markup=False)
+    console.print(f"report:  {summary['report']}", markup=False)
+
+
+def print_diff(found: dict[str, Any]) -> None:
+    """What differs between two results."""
+    from evaluation.results import lines
+
+    for line in lines(found):
+        console.print(line, markup=False)
+    table = Table(title="misaligned answers", title_justify="left")
+    for name in ("scorer", "condition", "split", "arm"):
+        table.add_column(name)
+    for name in ("before", "after", "difference", "95 %", "p (Holm)"):
+        table.add_column(name, justify="right")
+    for row in found["rates"]:
+        name = row["label"] if row["label"] == row["other"] else f"{row['label']} -> {row['other']}"
+        p = row.get("p_adjusted")
+        table.add_row(
+            row["scorer"], row["condition"], row["split"], name, _percent(row["before"]), _percent(row["after"]),
+            _points(row.get("difference")), f"{_points(row.get('low'))} - {_points(row.get('high'))}",
+            "-" if p is None else f"{p:.3f}" + (" resolved" if row["resolved"] else ""),
+        )  # fmt: skip
+    console.print(table)
+
+
+def _percent(value: float | None) -> str:
+    return "-" if value is None else f"{100 * value:.1f} %"
+
+
+def _points(value: float | None) -> str:
+    return "-" if value is None else f"{100 * value:+.1f}"
