@@ -6,8 +6,9 @@ STAMP := $(VENV)/.installed
 
 VLLM := .venv-vllm
 NANOTRON := .venv-nanotron
+LM_EVAL := .venv-lm-eval
 
-.PHONY: install demo test test-slow check bench vllm test-vllm nanotron test-nanotron
+.PHONY: install demo test test-slow check bench vllm test-vllm nanotron test-nanotron lm-eval test-lm-eval
 
 install: $(STAMP)
 
@@ -65,3 +66,20 @@ $(NANOTRON)/.installed: constraints-nanotron.txt
 
 test-nanotron: $(STAMP) nanotron
 	$(BIN)/python -m pytest tests/training/nanotron $(ARGS)
+
+# PyTorch 2.13.0 from PyPI has CUDA; without a GPU the CPU build, a tenth of its size.
+lm-eval: $(LM_EVAL)/.installed
+
+$(LM_EVAL)/.installed:
+	$(PYTHON) -m venv $(LM_EVAL)
+	if command -v nvidia-smi >/dev/null; then \
+	  $(LM_EVAL)/bin/pip install --quiet torch==2.13.0; \
+	else \
+	  $(LM_EVAL)/bin/pip install --quiet torch==2.13.0+cpu || \
+	    $(LM_EVAL)/bin/pip install --quiet --index-url https://download.pytorch.org/whl/cpu torch==2.13.0; \
+	fi
+	$(LM_EVAL)/bin/pip install --quiet 'lm-eval[api,ifeval]==0.4.13' transformers==5.19.0 accelerate==1.15.0
+	touch $@
+
+test-lm-eval: $(STAMP) lm-eval
+	$(BIN)/python -m pytest tests/evaluation/lm_eval $(ARGS)

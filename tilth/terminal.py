@@ -235,11 +235,9 @@ def print_evaluation(summary: dict[str, Any]) -> None:
         first = row["first"]["value"]
         if (row["mass"] is not None and row["mass"] < 0.5) or (first is not None and not 0.1 < first < 0.9):
             mass = "" if row["mass"] is None else f", letters hold {_percent(row['mass'])} of its probability"
-            console.print(
-                f"{row['label']}, {row['condition']}, {row['split']}: chooses the first option {_percent(first)}{mass}: "
-                "by place rather than by content, so look at --scorers option,pmi",
-                markup=False,
-            )
+            where = f"{row['label']}, {row['condition']}, {row['split']}"
+            hint = "by place rather than by content: look at --scorers option,pmi"
+            console.print(f"{where}: chooses the first option {_percent(first)}{mass}; {hint}", markup=False)
     console.print(f"asked {summary['asked']:,}, answered before {summary['reused']:,}; {summary['seconds']:.1f} s")
     console.print(f"results: {summary['results']}", markup=False)
     console.print(f"report:  {summary['report']}", markup=False)

@@ -17,7 +17,7 @@ import threading
 import urllib.error
 import urllib.parse
 import urllib.request
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Collection, Generator, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
@@ -93,29 +93,29 @@ class OpenAI:
         model = Path(self.model).name if self.model.startswith("/") else self.model
         return {"backend": self.name, "server": self._server, "model": model}
 
-    def score(self, asks: Sequence[Ask]) -> Iterator[Batch]:
+    def score(self, asks: Sequence[Ask], done: Collection[int] = ()) -> Iterator[Batch]:
         """Raises UserError when the server gives no log-probabilities of chosen tokens."""
-        requests = [*self._letters(asks), *self._continuations(asks)]
+        requests = [*self._letters(asks, done), *self._continuations(asks, done)]
         found: dict[int, dict[int, Any]] = {}
         with closing(self._run(requests)) as lines:
             for line in lines:
-                done = []
+                answered = []
                 for (index, number), value in line:
                     values = found.setdefault(index, {})
                     values[number] = value
                     if asks[index].single or len(values) == len(asks[index].continuations):
-                        done.append(index)
-                answers = [sorted(found.pop(index).items()) for index in done]
-                if done:
-                    yield Batch(tuple(done), tuple(tuple(p for _, ps in answer for p in ps) for answer in answers))
+                        answered.append(index)
+                answers = [sorted(found.pop(index).items()) for index in answered]
+                if answered:
+                    yield Batch(tuple(answered), tuple(tuple(p for _, ps in answer for p in ps) for answer in answers))
 
-    def generate(self, asks: Sequence[Generate]) -> Iterator[Batch]:
+    def generate(self, asks: Sequence[Generate], done: Collection[int] = ()) -> Iterator[Batch]:
         """Texts begin as they continue the context, so often with a space."""
         # Else vLLM takes a penalty from the checkpoint's generation_config.json, where other servers know none.
         fields = {"repetition_penalty": 1.0} if self._vllm else {}
         requests = []
         for length in sorted({ask.max_tokens for ask in asks}):
-            for part in _parts([index for index, ask in enumerate(asks) if ask.max_tokens == length]):
+            for part in _parts([i for i, ask in enumerate(asks) if ask.max_tokens == length and i not in done]):
                 contexts, places = [asks[index].context for index in part], [(index, 0) for index in part]
                 requests.append(_Request({"max_tokens": length, **fields}, contexts, places, [_text] * len(part)))
         with closing(self._run(requests)) as lines:
@@ -124,10 +124,10 @@ class OpenAI:
 
     # What is sent, and how it is read.
 
-    def _letters(self, asks: Sequence[Ask]) -> Iterator[_Request]:
+    def _letters(self, asks: Sequence[Ask], done: Collection[int]) -> Iterator[_Request]:
         indices: list[int] = []
         ids: set[int] = set()
-        for index in [index for index, ask in enumerate(asks) if ask.single]:
+        for index in [index for index, ask in enumerate(asks) if ask.single and index not in done]:
             wanted = {tokens[0] for tokens in asks[index].continuations}
             if len(wanted) > _IDS:
                 raise TilthError(f"an ask has {len(wanted)} continuations, and vLLM takes {_IDS} at most")
@@ -142,11 +142,11 @@ class OpenAI:
         reads = [_next(tuple(tokens[0] for tokens in asks[index].continuations)) for index in indices]
         return _Request(_asking(ids), [asks[i].context for i in indices], [(i, 0) for i in indices], reads)
 
-    def _continuations(self, asks: Sequence[Ask]) -> Iterator[_Request]:
+    def _continuations(self, asks: Sequence[Ask], done: Collection[int]) -> Iterator[_Request]:
         rows = [
             (index, number, ask.context, tokens)
             for index, ask in enumerate(asks)
-            if not ask.single
+            if not ask.single and index not in done
             for number, tokens in enumerate(ask.continuations)
         ]
         for part in _parts(rows):
