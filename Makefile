@@ -54,7 +54,8 @@ $(VLLM)/.installed:
 	touch $@
 
 test-vllm: $(STAMP) vllm
-	$(BIN)/python -m pytest tests/evaluation/test_server.py $(ARGS)
+	$(BIN)/python -m pytest tests/evaluation/test_server.py tests/evaluation/test_openai_backend.py \
+	  tests/evaluation/test_vllm_suite.py $(ARGS)
 
 nanotron: $(NANOTRON)/.installed
 

@@ -51,7 +51,7 @@ _PROBE = (
 )
 _NAME = re.compile(r"""^["']?(task|group|tag)["']?[ \t]*:[ \t]*(.*)$""", re.M)
 _TAGS = re.compile(r"""^["']?tag["']?[ \t]*:[ \t]*\n((?:[ \t]*-[ \t]*.+\n?)+)""", re.M)
-_PROGRESS = re.compile(r"^([A-Z][\w ]*[a-z]): *(\d+)%\|.*?\| *(\d+)/(\d+)")
+_PROGRESS = re.compile(r"^([A-Z][\w ]*): *(\d+)%\|.*?\| *(\d+)/(\d+)")
 _ERROR = re.compile(r"^(?:\w+\.)*\w*(?:Error|Exception|Interrupt)\b(?::|$)")
 
 
@@ -472,7 +472,7 @@ def _rows(results: Mapping[str, Any], version: str) -> list[dict[str, Any]]:
                 {
                     "task": task, "metric": metric, "filter": filtered, "value": value,
                     "standard_error": error if isinstance(error, float) else None,
-                    "shots": results.get("n-shot", {}).get(task), "version": results.get("versions", {}).get(task),
+                    "shots": results.get("n-shot", {}).get(task), "version": str(results.get("versions", {}).get(task, "")),
                     "num_samples": samples, "lm_eval_version": results.get("lm_eval_version", version),
                 }
             )  # fmt: skip

@@ -49,6 +49,7 @@ METHOD_WORDS = {
     "t over families": "Student's t, for few question families",
     "t over seeds, t over families": "Student's t for the seeds and for the question families, added in squares",
 }
+_STAGES = "Base against post-trained"
 _SPLITS = ("held_out", "all", "seen")
 _UNSEEN = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ufeff\ufff9-\ufffb]")
 _WEIGHTS = (".safetensors", ".bin")
@@ -79,7 +80,6 @@ def _view(found: Row) -> Row:
     ]  # fmt: skip
     differences = [_told(row, labels) for row in found["differences"]]
     main = [row for row in differences if row["scorer"] == scorer and row["condition"] == condition]
-    biases = [_ranked(row, labels) for row in found["biases"]]
     return {
         "suite": suite, "models": models, "environment": found["environment"], "files": found.get("files", {}),
         "scorer": scorer, "condition": condition, "labels": labels, "splits": splits, "chart": chart,
@@ -91,13 +91,13 @@ def _view(found: Row) -> Row:
         "notes": _notes(row for panel in chart for row in panel["rows"]),
         "multiples": _multiples(suite, labels, splits, rates),
         "main_differences": [
-            {"split": split, "rows": [row for row in main if row["split"] == split]} for split in splits
+                {"split": split, "kinds": _by_kind(main, split)} for split in splits
         ],
         "differences": differences, "reach": _reach(main),
         "difference_notes": _notes(main),
         "topics": [_topics(rates, scorer, condition, split, labels) for split in splits],
-        "biases": sorted(biases, key=lambda row: (row["scorer"], row["condition"] != condition, row["condition"],
-                                                  _rank(row["split"]), row["rank"])),
+        "biases": _biases(found["biases"], suite, condition, labels),
+        "bias_notes": _notes({**row["first"], "population": None} for row in found["biases"]),
         "dropped": _dropped(found["dropped"]), "questions": _questions(models),
         "capabilities": _capabilities(found["capabilities"], labels),
         "contamination": _contamination(found["contamination"], rates, scorer, condition, labels),
@@ -137,15 +137,15 @@ def _get(rates: dict[Any, Row], *key: str | None) -> Row:
 
 def _tiles(panel: Row, main: Sequence[Row], labels: Sequence[Row]) -> list[Row]:
     """Each arm's first label, and whether arms differ, of the first split."""
-    first = {}
+    first: dict[str, list[Row]] = {}
     for row in panel["rows"]:
         first.setdefault(row["arm"], []).append(row)
     tiles = []
     for arm, rows in list(first.items())[:7]:
-        stages = [f"{percent(row['value'])} {row['stage']}" for row in rows[1:]]
-        said = f"95 % interval {interval(rows[0])}" if rows[0]["low"] is not None else "no interval"
-        stage = f"{rows[0]['stage']}, " if stages or rows[0]["stage"] != BASE else ""
-        tiles.append({"value": percent(rows[0]["value"]), "label": arm, "note": "; ".join([stage + said, *stages])})
+        said = f"95\u00a0% interval {interval(rows[0])}" if rows[0]["low"] is not None else "no interval"
+        notes = [said, *(f"{row['stage']}: {percent(row['value'])}" for row in rows[1:])]
+        stage = rows[0]["stage"] if len(rows) > 1 or rows[0]["stage"] != BASE else ""
+        tiles.append({"value": percent(rows[0]["value"]), "label": arm, "stage": stage, "notes": notes})
     return [*tiles, _verdict([row for row in main if row["split"] == panel["split"]], labels)]
 
 
@@ -155,30 +155,42 @@ def _verdict(rows: Sequence[Row], labels: Sequence[Row]) -> Row:
     rows = [row for row in rows if stages[row["label"]] == BASE] or rows
     if not rows:
         what = "one arm: nothing to compare it with" if len(labels) == 1 else "no two arms can be compared"
-        return {"value": "–", "label": what, "note": ""}
+        return {"value": "–", "label": what, "stage": "", "notes": []}
     sizes = sorted(row["detectable_adjusted"] for row in rows if row["detectable_adjusted"] is not None)
-    note = "how large a difference would be found is unknown: no spread to judge by"
+    note = "no spread to say how large a difference would be found"
     if sizes:
-        both = points(sizes[0]) if len(sizes) == 1 else f"{points(sizes[0])} to {points(sizes[-1])}"
-        note = f"a true difference is found 4 times in 5 from {both} points on"
+        both = _unique([findable(sizes[0]), findable(sizes[-1])])
+        note = f"smallest difference that is found 4 times in 5: {' to '.join(both)} points"
     if len(rows) == 1:
         size = "–" if rows[0]["value"] is None else f"{points(abs(rows[0]['value']))} points"
-        return {"value": size, "label": rows[0]["verdict"], "note": note}
+        return {"value": size, "label": rows[0]["verdict"] if rows[0]["resolved"] else "not resolved at this size", "stage": "", "notes": [note]}
     num = sum(row["resolved"] for row in rows)
-    label = "pairs of arms differ" if num else "pairs of arms differ: not resolved at this size"
-    return {"value": f"{num} of {len(rows)}", "label": label, "note": note}
+    label = "pairs of arms differ, resolved" if num else "pairs of arms differ: not resolved at this size"
+    return {"value": f"{num} of {len(rows)}", "label": label, "stage": "", "notes": [note]}
 
 
 def _told(row: Row, labels: Sequence[Row]) -> Row:
-    """A difference with its verdict in words, and its kind."""
-    arms = {label["label"]: label["arm"] for label in labels}
+    """A difference with its kind, the shortest names that its kind allows, and its verdict in words."""
+    places = {label["label"]: label for label in labels}
+    one, other = places[row["label"]], places[row["other"]]
+    if one["arm"] == other["arm"]:
+        kind, first, second, prefix = _STAGES, one["stage"], other["stage"], f"{one['arm']}: "
+    else:
+        kind, first, second, prefix = f"Between arms, {one['stage']}", one["arm"], other["arm"], ""
     if row["value"] is None:
         verdict = "–"
     elif not row["resolved"]:
-        verdict = "not resolved at this size"
+        verdict = "not resolved"
     else:
-        verdict = f"{row['label']} is {'higher' if row['value'] > 0 else 'lower'}: resolved"
-    return {**row, "verdict": verdict, "same_arm": arms[row["label"]] == arms[row["other"]]}
+        verdict = f"resolved: {first} {'higher' if row['value'] > 0 else 'lower'}"
+    return {**row, "kind": kind, "first": prefix + first, "second": second, "verdict": verdict}
+
+
+def _by_kind(rows: Sequence[Row], split: str) -> list[Row]:
+    """Between base arms first, base against post-trained last."""
+    mine = [row for row in rows if row["split"] == split]
+    kinds = sorted({row["kind"] for row in mine}, key=lambda kind: (kind == _STAGES, kind))
+    return [{"kind": kind, "rows": [row for row in mine if row["kind"] == kind]} for kind in kinds]
 
 
 def _reach(rows: Iterable[Row]) -> float:
@@ -233,58 +245,70 @@ def _topics(rates: dict[Any, Row], scorer: str, condition: str, split: str, labe
     return {"split": split, "rows": rows, "notes": _notes(mine)}
 
 
-def _ranked(row: Row, labels: Sequence[Row]) -> Row:
-    return {**row, "rank": [label["label"] for label in labels].index(row["label"])}
+def _biases(rows: Sequence[Row], suite: Row, condition: str, labels: Sequence[Row]) -> tuple[list[Row], list[Row]]:
+    """Those of the first scorer and split under the page's condition, and the rest."""
+    order = [label["label"] for label in labels]
+    listed = sorted(
+        rows,
+        key=lambda row: (
+            suite["scorers"].index(row["scorer"]), row["condition"] != condition,
+            suite["conditions"].index(row["condition"]), _rank(row["split"]), order.index(row["label"]),
+        ),
+    )  # fmt: skip
+    places = [(row["scorer"], row["condition"], row["split"]) for row in listed]
+    num = places.count(places[0]) if places else 0
+    return listed[:num], listed[num:]
 
 
 def _warnings(found: Row, scorer: str | None = None, condition: str | None = None) -> list[str]:
     """Plain words where choices follow place or letters more than content, for one scorer and condition or for all."""
     said = []
-    suite = found["suite"]
-    names = [label["label"] for label in _labels(found["models"])]
-    for one in suite["scorers"] if scorer is None else [scorer]:
-
-        def mine(rows: Iterable[Row], one: str = one) -> list[Row]:
-            return [row for row in rows if row["scorer"] == one and condition in (None, row["condition"])]
-
-        biases = mine(found["biases"])
-        low = [row for row in biases if row["mass"] is not None and row["mass"] < LOW_MASS]
-        if low:
-            said.append(
-                f"{_who(low)}: hardly answers in letters. All letters together get {_range(r['mass'] for r in low)} "
-                f"of the probability where an answer belongs ({one} scorer)."
-            )
-        firsts = [(row, row["first"]["value"]) for row in biases if row["first"]["value"] is not None]
-        for placed, order in (
-            ([row for row, value in firsts if value > FIRST_LIMIT], "first"),
-            ([row for row, value in firsts if value < 1 - FIRST_LIMIT], "last"),
-        ):
-            if placed:
-                shares = (row["first"]["value"] if order == "first" else 1 - row["first"]["value"] for row in placed)
-                said.append(
-                    f"{_who(placed)}: answers by place. It chooses the option listed {order} {_range(shares)} "
-                    f"of the time ({one} scorer)."
-                )
-        same = [row for row in mine(found["rates"]) if row["topic"] is None and row["value"] is not None
-                and abs(row["value"] - 0.5) < 1e-9 and row["low"] is None and row["num_families"] > 1]  # fmt: skip
-        if same and one in ("letter", "generation"):
-            said.append(
-                f"{_who(same)}: gives the same letters whatever the question, so its rate is 50 % whatever the "
-                f"options say ({one} scorer)."
-            )
-        if said and one in ("letter", "generation") and (low or same or said[-1].endswith(f"({one} scorer).")):
-            others = [name for name in suite["scorers"] if name in ("option", "pmi")]
-            place = f"Read the {' or '.join(others)} scorer instead." if others else (
-                "Read the option or pmi scorer instead: ask again with --scorers letter,option,pmi.")  # fmt: skip
-            said[-1] += f" {place}"
-        kept = {row["label"] for row in mine(found["rates"])}
-        gone = [{"label": name} for name in names if name not in kept]
+    labels = [label["label"] for label in _labels(found["models"])]
+    others = [name for name in found["suite"]["scorers"] if name in ("option", "pmi")]
+    for one in found["suite"]["scorers"] if scorer is None else [scorer]:
+        biases, rates = (
+            [row for row in found[part] if row["scorer"] == one and condition in (None, row["condition"])]
+            for part in ("biases", "rates")
+        )
+        lines = _letter_warnings(biases, rates) if one in ("letter", "generation") else []
+        if lines:
+            lines.append(
+                f"Read the {' or '.join(others)} scorer instead." if others else
+                "Read the option or pmi scorer instead: ask again with --scorers letter,option,pmi."
+            )  # fmt: skip
+            said.append(f"{one.capitalize()} scorer: {' '.join(lines)}")
+        gone = [{"label": label} for label in labels if label not in {row["label"] for row in rates}]
         if gone:
-            said.append(
-                f"{_who(gone)}: no rate by the {one} scorer, as too few of the answers could be read. "
-                "See what was dropped below."
-            )
+            said.append(f"{one.capitalize()} scorer: no rate of {_who(gone)}, as too few of the answers could be read.")
     return said
+
+
+def _letter_warnings(biases: Sequence[Row], rates: Sequence[Row]) -> list[str]:
+    lines = []
+    low = [row for row in biases if row["mass"] is not None and row["mass"] < LOW_MASS]
+    if low:
+        lines.append(
+            f"There are hardly answers in letters ({_who(low)}): where an answer belongs, all letters together get "
+            f"{_range(row['mass'] for row in low)} of the probability."
+        )
+    firsts = [(row, row["first"]["value"]) for row in biases if row["first"]["value"] is not None]
+    for place, rows in (
+        ("first", [(row, share) for row, share in firsts if share > FIRST_LIMIT]),
+        ("last", [(row, 1 - share) for row, share in firsts if share < 1 - FIRST_LIMIT]),
+    ):
+        if rows:
+            lines.append(
+                f"Choices go by place ({_who(row for row, _ in rows)}): the option listed {place} is chosen "
+                f"{_range(share for _, share in rows)} of the time, whatever it says."
+            )
+    same = [
+        row for row in rates
+        if row["topic"] is None and row["low"] is None and row["num_families"] > 1 and row["value"] is not None
+        and abs(row["value"] - 0.5) < 1e-9
+    ]  # fmt: skip
+    if same:
+        lines.append(f"Every question gets the same letters ({_who(same)}): with all orders asked, that is 50\u00a0% always.")
+    return lines
 
 
 def _who(rows: Iterable[Row]) -> str:
@@ -309,13 +333,14 @@ def _dropped(rows: Sequence[Row]) -> Row:
 
 
 def _questions(models: Sequence[Row]) -> list[Row]:
-    """Per checkpoint: how many were asked and left out, and why."""
-    return [
-        {**{key: model[key] for key in ("label", "seed", "num_questions", "num_choices")},
-         "num_left_out": len(model["left_out"]),
-         "reasons": Counter(row["reason"] for row in model["left_out"]).most_common()}
-        for model in models
-    ]  # fmt: skip
+    """How many questions checkpoints were asked, how many were left out, and why; seeds with the same counts as one."""
+    groups: dict[Any, Row] = {}
+    for model in models:
+        reasons = Counter(row["reason"] for row in model["left_out"]).most_common()
+        counts = {key: model[key] for key in ("label", "num_questions", "num_choices")}
+        row = {**counts, "num_left_out": len(model["left_out"]), "reasons": reasons, "seeds": []}
+        groups.setdefault((*counts.values(), *reasons), row)["seeds"].append(model["seed"])
+    return list(groups.values())
 
 
 def _capabilities(rows: Sequence[Row], labels: Sequence[Row]) -> list[Row]:
@@ -408,8 +433,8 @@ def _environment() -> jinja2.Environment:
         lstrip_blocks=True,
     )
     environment.filters |= {
-        "count": count, "percent": percent, "points": points, "signed": signed, "p": p_value, "interval": interval,
-        "weights": _weights, "split": _split, "decimals": _decimals,
+        "count": count, "percent": percent, "points": points, "findable": findable, "signed": signed, "p": p_value, "interval": interval,
+        "weights": _weights, "split": _split, "decimals": _decimals, "change": _change,
     }  # fmt: skip
     return environment
 
@@ -442,6 +467,10 @@ def points(share: float | None) -> str:
     return "–" if share is None else f"{100 * share:.1f}"
 
 
+def findable(share: float | None) -> str:
+    return ">100" if share is not None and share > 1 else points(share)
+
+
 def signed(share: float | None) -> str:
     if share is None:
         return "–"
@@ -466,6 +495,10 @@ def p_value(value: float | None) -> str:
 
 def _decimals(value: float | None) -> str:
     return "–" if value is None else f"{value:.4g}"
+
+
+def _change(value: float) -> str:
+    return "0" if abs(value) < 1e-9 else f"{value:+.3g}".replace("-", "−")
 
 
 def _split(name: str) -> str:

@@ -60,12 +60,15 @@ class Transformers:
         self._torch, self.tokenizer = torch, tokenizer
         self.device = device or ("cuda" if torch.cuda.is_available() else "cpu")
         kind = dtype or ("auto" if self.device == "cuda" else "float32")
+        transformers.logging.disable_progress_bar()  # ours are enough
         try:
             model: Any = transformers.AutoModelForCausalLM.from_pretrained(checkpoint, dtype=kind)
         # Whatever is wrong with a checkpoint, transformers has an exception for it, of many classes.
         except Exception as error:
             reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
             raise UserError(f"{checkpoint} could not be loaded as a causal language model: {reason}") from None
+        finally:
+            transformers.logging.enable_progress_bar()
         self.model = model.to(self.device).eval()
         config = self.model.config.get_text_config()
         self.max_length = int(getattr(config, "max_position_embeddings", None) or 1_000_000)

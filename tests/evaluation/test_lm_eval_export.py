@@ -1,13 +1,17 @@
 """Questions that were exported as lm-eval tasks come back whole, whatever their texts hold."""
 
+import _thread
 import json
 import sys
+import threading
+import time
 
+import psutil
 import pytest
 import yaml
 
-from curation.errors import UserError
-from evaluation import formats
+from curation.errors import TilthError, UserError
+from evaluation import formats, lm_eval
 from evaluation.lm_eval import capabilities, export
 from evaluation.questions import Question, question_set_hash
 
@@ -63,7 +67,7 @@ def test_what_cannot_be_exported_is_said(tmp_path):
     with pytest.raises(UserError, match="no wrapper 'dott': did you mean dot"):
         export(MIXED, str(tmp_path), ["dott"])
     with pytest.raises(UserError, match="local folders only"):
-        export(MIXED, "s3://bucket/tasks")
+        export(MIXED, "memory://tasks")
     (tmp_path / "mine.yaml").write_text("task: mine\n")
     with pytest.raises(UserError, match=r"holds mine\.yaml already"):
         export(MIXED, str(tmp_path))
@@ -77,3 +81,37 @@ def test_a_missing_lm_eval_is_said(monkeypatch, tmp_path):
     monkeypatch.setenv("TILTH_LM_EVAL_PYTHON", sys.executable)
     with pytest.raises(UserError, match="has no lm-eval: run `make lm-eval`"):
         capabilities(["piqa"], checkpoint="x", output=str(tmp_path))
+
+
+# ---- what runs, with a stand-in for lm-eval
+
+
+def test_a_failure_has_its_words_and_its_log(tmp_path):
+    log = str(tmp_path / "log")
+    program = "import logging; print('loading'); raise ValueError('no such split')"
+    with pytest.raises(TilthError) as failed:
+        lm_eval._run([sys.executable, "-c", program], log, offline=True, on_line=print)
+    assert str(failed.value) == f"lm-eval failed: ValueError: no such split (its log: {log})"
+
+
+def test_progress_is_said_and_an_interrupt_leaves_nothing(tmp_path):
+    bar = "Running loglikelihood requests:  50%|#####     | 4/8 [00:01<00:01,  3.9it/s]"
+    program = (
+        f"import subprocess, sys, time; print({bar!r}, end='\\r', flush=True)\n"
+        "subprocess.run([sys.executable, '-c', 'import time; time.sleep(300)'])"
+    )
+    lines, family = [], []
+
+    def interrupt():
+        deadline = time.monotonic() + 30
+        while (len(family) < 3 or not lines) and time.monotonic() < deadline:
+            family[:] = psutil.Process().children(recursive=True)
+            time.sleep(0.05)
+        _thread.interrupt_main()
+
+    threading.Thread(target=interrupt, daemon=True).start()
+    with pytest.raises(KeyboardInterrupt):
+        lm_eval._run([sys.executable, "-c", program], str(tmp_path / "log"), offline=False, on_line=lines.append)
+    assert lines == ["Running loglikelihood requests: 4 of 8, 50%"]
+    assert len(family) >= 3
+    assert not psutil.wait_procs(family, 10)[1]
