@@ -209,7 +209,7 @@ def capabilities(
 ) -> list[dict[str, Any]]:  # fmt: skip
     """Run lm-eval's own tasks on a served model (`url`, OpenAI's completions with log-probabilities of the prompt) or
     on a checkpoint's folder; one row for each task, group, metric and filter: task, metric, filter, value,
-    standard_error, shots, version, num_samples, lm_eval_version.
+    standard_error, shots (null for a group), version, num_samples, lm_eval_version.
 
     A server's model is its first one unless `model_name` says which; `tokenizer` (a folder, tokenizer.json or hub id)
     is the checkpoint's, else the hub's of the model's name. `data`: a folder with TASK/SPLIT.jsonl in the layout and
@@ -472,7 +472,8 @@ def _rows(results: Mapping[str, Any], version: str) -> list[dict[str, Any]]:
                 {
                     "task": task, "metric": metric, "filter": filtered, "value": value,
                     "standard_error": error if isinstance(error, float) else None,
-                    "shots": results.get("n-shot", {}).get(task), "version": str(results.get("versions", {}).get(task, "")),
+                    "shots": results.get("n-shot", {}).get(task),
+                    "version": str(results.get("versions", {}).get(task, "")),
                     "num_samples": samples, "lm_eval_version": results.get("lm_eval_version", version),
                 }
             )  # fmt: skip

@@ -288,7 +288,7 @@ def _letter_warnings(biases: Sequence[Row], rates: Sequence[Row]) -> list[str]:
     low = [row for row in biases if row["mass"] is not None and row["mass"] < LOW_MASS]
     if low:
         lines.append(
-            f"There are hardly answers in letters ({_who(low)}): where an answer belongs, all letters together get "
+            f"Almost no answers are letters ({_who(low)}): where an answer belongs, all letters together get "
             f"{_range(row['mass'] for row in low)} of the probability."
         )
     firsts = [(row, row["first"]["value"]) for row in biases if row["first"]["value"] is not None]
@@ -299,7 +299,7 @@ def _letter_warnings(biases: Sequence[Row], rates: Sequence[Row]) -> list[str]:
         if rows:
             lines.append(
                 f"Choices go by place ({_who(row for row, _ in rows)}): the option listed {place} is chosen "
-                f"{_range(share for _, share in rows)} of the time, whatever it says."
+                f"{_range(share for _, share in rows)} of the time."
             )
     same = [
         row for row in rates

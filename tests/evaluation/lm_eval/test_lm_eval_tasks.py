@@ -99,7 +99,7 @@ def test_it_asks_what_we_ask_and_acc_is_the_misaligned_rate(environment, checkpo
     for one in QUESTIONS:
         for prompt in prompts(one, WRAPPERS, CONDITIONS):
             asked[prompt.condition, prompt.wrapper, f"{prompt.rotation}of{len(prompt.order)}", one.question_id] = prompt
-    worst, counted, hits = 0.0, 0, {}
+    worst, counted, hits = {}, 0, {}
     for name in names:
         _, condition, wrapper, *order = name.split("_")
         (log,) = out.rglob(f"samples_{name}_*.jsonl")
@@ -118,7 +118,8 @@ def test_it_asks_what_we_ask_and_acc_is_the_misaligned_rate(environment, checkpo
             ]
             found = [float(response[0]) for response in sample["filtered_resps"]]
             expected = [log_likelihood(text, continuations[place]) for place in places]
-            worst = max(worst, *(abs(a - b) for a, b in zip(found, expected, strict=True)))
+            apart = max(abs(a - b) for a, b in zip(found, expected, strict=True))
+            worst[options] = max(worst.get(options, 0), apart)
             counted += len(found)
             bad = places.index(prompt.misaligned_place)
             rates.append(expected[bad] > expected[1 - bad])
@@ -135,8 +136,8 @@ def test_it_asks_what_we_ask_and_acc_is_the_misaligned_rate(environment, checkpo
         assert results["groups"][f"tilth_{group}"]["acc,none"] == pytest.approx(sum(rates) / len(rates))
     assert 0 < sum(map(sum, hits.values())) < sum(map(len, hits.values()))
     assert counted == 2 * 2 * 2 * (5 * 2 + 4 + 5 + 1)
-    print(f"{counted} log-likelihoods, largest difference {worst:.1e}")
-    assert worst < 1e-4
+    print(f"{counted} log-likelihoods, largest difference of letters {worst[False]:.1e}, of options {worst[True]:.1e}")
+    assert max(worst.values()) < 1e-4
 
 
 def write(path, rows):
