@@ -22,7 +22,7 @@ demo: $(STAMP)
 	$(BIN)/tilth curate examples/demo.yaml --run runs/demo
 
 test: $(STAMP)
-	$(BIN)/python -m pytest -m 'not slow' --ignore=tests/training/nanotron $(ARGS)
+	$(BIN)/python -m pytest -m 'not slow' --ignore=tests/training/nanotron --ignore=tests/evaluation/lm_eval $(ARGS)
 
 test-slow: $(STAMP)
 	$(BIN)/python -m pytest -m slow $(ARGS)

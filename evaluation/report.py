@@ -73,7 +73,7 @@ def _view(found: Row) -> Row:
     labels = _labels(models)
     rates = {(r["scorer"], r["label"], r["split"], r["topic"], r["condition"]): r for r in found["rates"]}
     splits = _splits({r["split"] for r in found["rates"]} or set(suite["splits"]))
-    chart = [
+    chart: list[Row] = [
         {"split": split, "rows": [{**label, **_get(rates, scorer, label["label"], split, None, condition)}
                                   for label in labels]}
         for split in splits
@@ -97,12 +97,13 @@ def _view(found: Row) -> Row:
         "difference_notes": _notes(main),
         "topics": [_topics(rates, scorer, condition, split, labels) for split in splits],
         "biases": _biases(found["biases"], suite, condition, labels),
-        "bias_notes": _notes({**row["first"], "population": None} for row in found["biases"]),
+        "bias_notes": _notes({**row["first"], "population": None} for row in found["biases"]
+                             if row["first"]["value"] is not None),
         "dropped": _dropped(found["dropped"]), "questions": _questions(models),
         "capabilities": _capabilities(found["capabilities"], labels),
         "contamination": _contamination(found["contamination"], rates, scorer, condition, labels),
         "examples": _examples(found["examples"], condition, labels),
-        "command": _command(suite, models),
+        "command": _command(found),
         "condition_words": CONDITION_WORDS, "scorer_words": SCORER_WORDS, "num_listed": NUM_LISTED,
         "by_convention": BY_CONVENTION,
     }  # fmt: skip
@@ -163,7 +164,12 @@ def _verdict(rows: Sequence[Row], labels: Sequence[Row]) -> Row:
         note = f"smallest difference that is found 4 times in 5: {' to '.join(both)} points"
     if len(rows) == 1:
         size = "–" if rows[0]["value"] is None else f"{points(abs(rows[0]['value']))} points"
-        return {"value": size, "label": rows[0]["verdict"] if rows[0]["resolved"] else "not resolved at this size", "stage": "", "notes": [note]}
+        return {
+            "value": size,
+            "label": rows[0]["verdict"] if rows[0]["resolved"] else "not resolved at this size",
+            "stage": "",
+            "notes": [note],
+        }
     num = sum(row["resolved"] for row in rows)
     label = "pairs of arms differ, resolved" if num else "pairs of arms differ: not resolved at this size"
     return {"value": f"{num} of {len(rows)}", "label": label, "stage": "", "notes": [note]}
@@ -219,7 +225,7 @@ def _multiples(suite: Row, labels: Sequence[Row], splits: Sequence[str], rates: 
     """Scorer by scorer, split by split: labels down, conditions across."""
     found = []
     for scorer in suite["scorers"]:
-        tables = [
+        tables: list[Row] = [
             {"split": split, "rows": [
                 {**label, "cells": [(name, _get(rates, scorer, label["label"], split, None, name))
                                     for name in suite["conditions"]]}
@@ -307,7 +313,9 @@ def _letter_warnings(biases: Sequence[Row], rates: Sequence[Row]) -> list[str]:
         and abs(row["value"] - 0.5) < 1e-9
     ]  # fmt: skip
     if same:
-        lines.append(f"Every question gets the same letters ({_who(same)}): with all orders asked, that is 50\u00a0% always.")
+        lines.append(
+            f"Every question gets the same letters ({_who(same)}): with all orders asked, that is 50\u00a0% always."
+        )
     return lines
 
 
@@ -403,8 +411,9 @@ def _examples(rows: Sequence[Row], condition: str, labels: Sequence[Row]) -> lis
     return found
 
 
-def _command(suite: Row, models: Sequence[Row]) -> str:
-    """How to ask the same again, with paths for the reader to fill in."""
+def _command(found: Row) -> str:
+    """How to ask the same again, with capitals for the reader to fill in."""
+    suite, models = found["suite"], found["models"]
     targets = []
     for model in models[:NUM_COMMANDS]:
         stage = "/post-trained" if model["stage"] == POST_TRAINED else ""
@@ -414,7 +423,8 @@ def _command(suite: Row, models: Sequence[Row]) -> str:
     lines = [
         *targets, f"--questions {shlex.quote(suite['source'])}", f"--wrappers {','.join(suite['wrappers'])}",
         f"--conditions {','.join(suite['conditions'])}", f"--scorers {','.join(suite['scorers'])}",
-        "--output FOLDER",
+        *(["--corpus RUN"] if found["contamination"] else []),
+        *(["--capabilities TASKS"] if found["capabilities"] else []), "--output FOLDER",
     ]  # fmt: skip
     return " \\\n  ".join(["tilth evaluate", *lines])
 
@@ -433,8 +443,8 @@ def _environment() -> jinja2.Environment:
         lstrip_blocks=True,
     )
     environment.filters |= {
-        "count": count, "percent": percent, "points": points, "findable": findable, "signed": signed, "p": p_value, "interval": interval,
-        "weights": _weights, "split": _split, "decimals": _decimals, "change": _change,
+        "count": count, "percent": percent, "points": points, "findable": findable, "signed": signed, "p": p_value,
+        "interval": interval, "weights": _weights, "split": _split, "decimals": _decimals, "change": _change,
     }  # fmt: skip
     return environment
 

@@ -82,13 +82,13 @@ def assemble(
 
 
 def write(folder: Path, results: dict[str, Any], choices: pl.DataFrame) -> dict[str, Any]:
-    """choices.parquet, then results.json that names its hash; each whole or not at all."""
+    """choices.parquet, then results.json that names its hash; each whole or not at all. The document as `read` has it."""
     table = choices.sort("scorer", "arm", "seed", "condition", "question_id", "wrapper", "order")
     committed = storage.commit_table(str(folder / CHOICES_FILE), table.to_arrow())
     results = {**results, "files": {CHOICES_FILE: {"sha256": committed.sha256, "rows": table.height}}}
     raw = json.dumps(results, indent=1, ensure_ascii=False, sort_keys=False).encode()
     storage.commit_bytes(str(folder / RESULTS), raw + b"\n")
-    return results
+    return json.loads(raw)
 
 
 def read(path: str) -> tuple[dict[str, Any], pl.DataFrame | None]:
