@@ -7,7 +7,8 @@ time, no path of this machine, so that the same checkpoints and questions give t
     models          label, arm, seed, stage, weights by file, training (phases with the hashes of their shards),
                     facts (backend, dtype, device), asked, left_out
     rates           scorer x label x split x topic x condition, with 95 % intervals (evaluation.stats)
-    differences     pairs of arms of one stage, and base against post-trained of one arm; Holm over a scorer's
+    differences     pairs of arms of one stage, and base against post-trained of one arm; Holm over those of one
+                    scorer and condition, which is a question that one asks; not over all that the table has
     biases, dropped order and letter bias; measurements with 20 % unread answers
     capabilities    rows of lm-eval, by label and seed
     contamination   the audit, and rates without the questions that the corpus contains
@@ -61,10 +62,12 @@ def assemble(
         table = _evened(kept, mine)
         for rate in stats.rates(table):
             found["rates"].append({"scorer": scorer, "label": rate.arm, **places[rate.arm], **_flat(rate)})
-        pairs = [pair for pair in _pairs(targets) if set(pair) <= set(table["arm"].unique())]
-        for difference in stats.differences(table, pairs=pairs) if pairs else ():
-            row = {"scorer": scorer, "label": difference.arm, **_flat(difference)}
-            found["differences"].append(row)
+        pairs = [pair for pair in _pairs(targets) if set(pair) <= set(table["arm"])]
+        for condition in suite.conditions if pairs else ():
+            mine_alone = table.filter(pl.col("condition") == condition)
+            for difference in stats.differences(mine_alone, pairs=pairs) if mine_alone.height else ():
+                row = {"scorer": scorer, "label": difference.arm, **_flat(difference)}
+                found["differences"].append(row)
         if scorer in ("letter", "generation"):
             two = mine.filter(pl.col("num_options") == 2)
             for bias in stats.biases(two if two.height else mine):
@@ -194,7 +197,7 @@ def _flat(row: stats.Rate | stats.Difference) -> dict[str, Any]:
 
 
 def _contamination(audit: Audit, suite: Suite, choices: pl.DataFrame) -> dict[str, Any]:
-    found = audit.as_dict()
+    found = {**audit.as_dict(), "corpus": audit.corpus.rstrip("/").rsplit("/", 1)[-1]}
     clean = choices.filter(~pl.col("question_id").is_in(list(audit.overlapping)))
     rates = []
     if audit.overlapping:
