@@ -67,7 +67,7 @@ class OpenAI:
     name = "openai"
 
     def __init__(
-        self, url: str, *, model: str | None = None, concurrency: int = 32, deadline_s: float = 600.0,
+        self, url: str, *, model: str | None = None, concurrency: int = 16, deadline_s: float = 600.0,
         on_line: Callable[[str], None] | None = None,
     ):  # fmt: skip
         self.url = _base(url)
