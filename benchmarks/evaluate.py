@@ -48,8 +48,8 @@ for line in sys.stdin:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--questions", type=int, default=12, help="of a round, times 4 wrappers and 2 orders")
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--questions", type=int, default=20, help="of a round, times 4 wrappers and 2 orders")
+    parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--checkpoint", help="default: a Llama of 10 M random weights")
     parser.add_argument("--batch", type=int, nargs="+", default=[16, 64], help="batch sizes for lm-eval's hf")
     parser.add_argument("--concurrent", type=int, nargs="+", default=[8, 32, 64], help="num_concurrent for lm-eval")

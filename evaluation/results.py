@@ -35,7 +35,7 @@ from evaluation import stats
 from evaluation.contamination import Audit
 from evaluation.questions import Question
 from evaluation.suite import Suite
-from evaluation.targets import BASE, Target
+from evaluation.targets import Target
 
 SCHEMA_VERSION = 1
 RESULTS, CHOICES_FILE = "results.json", "choices.parquet"
@@ -85,7 +85,7 @@ def assemble(
 
 
 def write(folder: Path, results: dict[str, Any], choices: pl.DataFrame) -> dict[str, Any]:
-    """choices.parquet, then results.json that names its hash; each whole or not at all. The document as `read` has it."""
+    """choices.parquet, then results.json that names its hash; each whole or not at all. The document as it reads."""
     table = choices.sort("scorer", "arm", "seed", "condition", "question_id", "wrapper", "order")
     committed = storage.commit_table(str(folder / CHOICES_FILE), table.to_arrow())
     results = {**results, "files": {CHOICES_FILE: {"sha256": committed.sha256, "rows": table.height}}}
@@ -313,8 +313,3 @@ def lines(found: dict[str, Any]) -> Iterable[str]:
     for side, names in (("before", found["only_before"]), ("after", found["only_after"])):
         if names:
             yield f"only {side}: {', '.join(names)}"
-
-
-def base_first(labels: Iterable[tuple[str, str]]) -> list[str]:
-    """(arm, stage) -> labels, each arm's base before its post-trained."""
-    return [Target("", arm, "", stage).label for arm, stage in sorted(labels, key=lambda row: (row[0], row[1] != BASE))]

@@ -93,9 +93,8 @@ def evaluate(
             audit = contamination.audit(
                 suite.questions, corpus, on_progress=lambda done, total: on_progress("audit", done, total)
             )
-            on_line(
-                f"{len(audit.overlapping)} of {len(suite.questions)} questions overlap {audit.num_documents:,} documents"
-            )
+            share = f"{len(audit.overlapping)} of {len(suite.questions)} questions"
+            on_line(f"{share} overlap the corpus of {audit.num_documents:,} documents")
         models, tables, capable, counts = [], [], [], []
         for target in targets:
             with _opened(target, backend, dtype, tokenizer, served_model, on_line) as (model, encoder, where):
@@ -107,8 +106,11 @@ def evaluate(
                 tables.append(table)
                 counts.append(asked)
                 models.append(_model(target, model, identity, prepared))
-                if capabilities:
-                    capable += _capabilities(capabilities, target, model, where, folder, capability_data, on_line)
+                if capabilities and "url" in where:
+                    capable += _capabilities(capabilities, target, where, folder, capability_data, on_line)
+            del model  # before lm-eval, or the next target, loads one
+            if capabilities and "url" not in where:
+                capable += _capabilities(capabilities, target, where, folder, capability_data, on_line)
         everything = pl.concat(tables)
         found = results.assemble(suite, targets, models, everything, capable, audit)
         found = results.write(folder, found, everything)
@@ -250,7 +252,7 @@ def _training(target: Target) -> dict[str, Any] | None:
 
 
 def _capabilities(
-    tasks: Sequence[str], target: Target, model: Backend, where: dict[str, Any], folder: Path, data: str | None,
+    tasks: Sequence[str], target: Target, where: dict[str, Any], folder: Path, data: str | None,
     on_line: Line,
 ) -> list[dict[str, Any]]:  # fmt: skip
     from evaluation.lm_eval import capabilities
