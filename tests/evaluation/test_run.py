@@ -3,7 +3,6 @@
 import json
 import os
 import random
-import signal
 import subprocess
 import sys
 import time
@@ -98,6 +97,7 @@ def test_options_in_any_order_in_the_file_give_the_same_rates(checkpoints, tmp_p
     assert found[0] == found[1] == found[2]
 
 
+@pytest.mark.slow
 def test_killed_and_run_again_nothing_is_asked_twice_and_all_is_the_same(checkpoints, tmp_path):
     """kill -9 once answers are on disk; the answers and results of an undisturbed run, byte for byte."""
     questions = write_questions(tmp_path / "own.jsonl", [question(n, 4 if n % 7 == 0 else 2) for n in range(120)])
@@ -284,7 +284,6 @@ def test_choices_have_the_columns_that_are_documented():
     assert list(CHOICES)[:3] == ["scorer", "arm", "seed"]
 
 
-@pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="needs POSIX")
 def test_advanced_ai_risk_is_planned_whole(shared, checkpoints, tmp_path):
     """8,116 questions, 643 of them with 3-8 options."""
     suite = load_suite(str(shared / "evals/advanced-ai-risk"), wrappers="1", conditions="ai")
