@@ -25,7 +25,7 @@ from evaluation.tokens import Encoder
 DEFAULT_QUESTIONS = Path(__file__).with_name("tasks") / "scenarios.jsonl"
 Line = Callable[[str], None]
 Progress = Callable[[str, int, int], None]
-_PROBE = 8  # asks that are timed for the plan
+_PROBE = 16  # asks that are timed for the plan
 _WEIGHTS = (".safetensors", ".bin", ".json", ".model", ".jinja")
 
 
@@ -203,9 +203,12 @@ def _ask(
 
 
 def _estimate(model: Backend, prepared: Prepared) -> float:
-    """Seconds, from a few asks of typical length. Their tokens are reversed, so that no question is asked twice."""
-    middle = sorted(prepared.asks, key=lambda ask: ask.num_tokens)[len(prepared.asks) // 2 :][:_PROBE]
-    probe = [Ask(str(at), ask.context[::-1], ask.continuations) for at, ask in enumerate(middle)]
+    """Seconds, from a few neighbours in the middle, with other tokens in their places: no question is asked twice."""
+    start = max(0, (len(prepared.asks) - _PROBE) // 2)
+    middle = prepared.asks[start : start + _PROBE]
+    used = sorted({token for ask in middle for token in ask.context})
+    other = dict(zip(used, used[1:] + used[:1], strict=True))  # beginnings that were shared still are
+    probe = [Ask(str(at), tuple(other[t] for t in ask.context), ask.continuations) for at, ask in enumerate(middle)]
     tokens = sum(ask.num_tokens for ask in probe)
     seconds = 0.0
     for _ in range(2):  # the first one warms up
@@ -213,7 +216,7 @@ def _estimate(model: Backend, prepared: Prepared) -> float:
         for _ in model.score(probe):
             pass
         seconds = time.monotonic() - started
-    return seconds * prepared.num_tokens / tokens
+    return seconds * sum(ask.num_tokens for ask in prepared.asks) / tokens
 
 
 def _model(target: Target, model: Backend, identity: dict[str, Any], prepared: Prepared) -> dict[str, Any]:

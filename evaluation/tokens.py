@@ -6,6 +6,9 @@ from typing import Any
 from curation.errors import UserError
 from evaluation.backends import Tokens
 
+# The suite itself looks for what is too long, so no warnings.
+_PLAIN: dict[str, Any] = {"return_attention_mask": False, "verbose": False}
+
 
 class Encoder:
     """A checkpoint's tokenizer. UserError: there is none at `source` (a folder or hub id)."""
@@ -31,14 +34,14 @@ class Encoder:
         """Ids of whole texts, with the special tokens at their front."""
         if not texts:
             return []
-        ids = self.tokenizer(list(texts), return_attention_mask=False)["input_ids"]
+        ids = self.tokenizer(list(texts), **_PLAIN)["input_ids"]
         return [tuple(row[: len(row) - self._tail]) for row in ids]
 
     def encode_templated(self, texts: Sequence[str]) -> list[Tokens]:
         """Ids of what `chat_texts` gave, and of more after it: the template writes its special tokens itself."""
         if not texts:
             return []
-        ids = self.tokenizer(list(texts), add_special_tokens=False, return_attention_mask=False)["input_ids"]
+        ids = self.tokenizer(list(texts), add_special_tokens=False, **_PLAIN)["input_ids"]
         return [tuple(row) for row in ids]
 
     def chat_texts(self, chats: Sequence[Sequence[dict[str, str]]]) -> list[str]:
