@@ -2,6 +2,7 @@
 
 import _thread
 import json
+import signal
 import sys
 import threading
 import time
@@ -105,13 +106,18 @@ def test_progress_is_said_and_an_interrupt_leaves_nothing(tmp_path):
     def interrupt():
         deadline = time.monotonic() + 30
         while (len(family) < 3 or not lines) and time.monotonic() < deadline:
-            family[:] = psutil.Process().children(recursive=True)
+            ours = [child for child in psutil.Process().children() if "evaluation.supervisor" in child.cmdline()]
+            family[:] = [one for child in ours for one in (child, *child.children(recursive=True))]
             time.sleep(0.05)
         _thread.interrupt_main()
 
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # jobs in the background ignore it
     threading.Thread(target=interrupt, daemon=True).start()
-    with pytest.raises(KeyboardInterrupt):
-        lm_eval._run([sys.executable, "-c", program], str(tmp_path / "log"), offline=False, on_line=lines.append)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            lm_eval._run([sys.executable, "-c", program], str(tmp_path / "log"), offline=False, on_line=lines.append)
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert lines == ["Running loglikelihood requests: 4 of 8, 50%"]
     assert len(family) >= 3
     assert not psutil.wait_procs(family, 10)[1]
