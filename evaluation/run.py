@@ -1,11 +1,11 @@
 """`evaluate`: checkpoints x suite -> answers, choices, results.json and report.html. The wiring; no arithmetic."""
 
-import hashlib
 import json
 import re
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,7 @@ from evaluation.tokens import Encoder
 DEFAULT_QUESTIONS = Path(__file__).with_name("tasks") / "scenarios.jsonl"
 Line = Callable[[str], None]
 Progress = Callable[[str, int, int], None]
+_Opened = AbstractContextManager[tuple[Backend, Encoder, dict[str, Any]]]
 _PROBE = 16  # asks that are timed for the plan
 _WEIGHTS = (".safetensors", ".bin", ".json", ".model", ".jinja")
 
@@ -95,23 +96,12 @@ def evaluate(
             )
             share = f"{len(audit.overlapping)} of {len(suite.questions)} questions"
             on_line(f"{share} overlap the corpus of {audit.num_documents:,} documents")
-        models, tables, capable, counts = [], [], [], []
+        done = []
         for target in targets:
-            with _opened(target, backend, dtype, tokenizer, served_model, on_line) as (model, encoder, where):
-                identity = _identity(target, model)
-                about = {**model.facts(), **identity}
-                path = folder / "answers" / f"{_slug(target.name)}-{fingerprint(about)[:12]}.jsonl"
-                prepared = prepare(suite, encoder, model.max_length, _chats(target, encoder))
-                table, asked = _ask(prepared, model, path, target, on_line, on_progress)
-                tables.append(table)
-                counts.append(asked)
-                models.append(_model(target, model, identity, prepared))
-                if capabilities and "url" in where:
-                    capable += _capabilities(capabilities, target, where, folder, capability_data, on_line)
-            del model  # before lm-eval, or the next target, loads one
-            if capabilities and "url" not in where:
-                capable += _capabilities(capabilities, target, where, folder, capability_data, on_line)
-        everything = pl.concat(tables)
+            reached = _opened(target, backend, dtype, tokenizer, served_model, on_line)
+            done.append(_target(target, suite, folder, reached, capabilities, capability_data, on_line, on_progress))
+        everything = pl.concat([one.choices for one in done])
+        models, capable = [one.model for one in done], [row for one in done for row in one.capabilities]
         found = results.assemble(suite, targets, models, everything, capable, audit)
         found = results.write(folder, found, everything)
         from evaluation.report import write_report
@@ -119,9 +109,41 @@ def evaluate(
         report = write_report(folder)
     return {
         "output": str(folder), "results": str(folder / results.RESULTS), "report": str(report), "document": found,
-        "asked": sum(row["asked"] for row in counts), "reused": sum(row["reused"] for row in counts),
-        "seconds": round(sum(row["seconds"] for row in counts), 3),
+        "asked": sum(one.asked for one in done), "reused": sum(one.reused for one in done),
+        "seconds": round(sum(one.seconds for one in done), 3),
     }  # fmt: skip
+
+
+@dataclass(frozen=True)
+class _Done:
+    """What one target said."""
+
+    choices: pl.DataFrame
+    model: dict[str, Any]
+    capabilities: list[dict[str, Any]]
+    asked: int
+    reused: int
+    seconds: float
+
+
+def _target(
+    target: Target, suite: Suite, folder: Path, opened: _Opened, tasks: Sequence[str], data: str | None,
+    on_line: Line, on_progress: Progress,
+) -> _Done:  # fmt: skip
+    capable: list[dict[str, Any]] = []
+    with opened as (model, encoder, where):
+        identity = _identity(target, model)
+        name = fingerprint({**model.facts(), **identity})[:12]
+        prepared = prepare(suite, encoder, model.max_length, _chats(target, encoder))
+        path = folder / "answers" / f"{_slug(target.name)}-{name}.jsonl"
+        table, counts = _ask(prepared, model, path, target, on_line, on_progress)
+        about = _model(target, model, identity, prepared)
+        if tasks and "url" in where:
+            capable = _capabilities(tasks, target, where, folder, data, on_line)
+    del model  # before lm-eval, or the next target, loads one
+    if tasks and "url" not in where:
+        capable = _capabilities(tasks, target, where, folder, data, on_line)
+    return _Done(table, about, capable, **counts)
 
 
 def _dry(targets: list[Target], suite: Suite, tokenizer: str | None, on_line: Line) -> dict[str, Any]:
@@ -149,8 +171,6 @@ def _opened(
         if target.is_url:
             asked = OpenAI(target.where, model=served_model, on_line=on_line)
             source = tokenizer or asked.root
-            if source is None:
-                raise UserError(f"{target.where} does not say which tokenizer it has: name it by --tokenizer")
             yield asked, Encoder(source), {"url": asked.url, "model_name": asked.model, "tokenizer": source}
             return
         with Server(target.where, dtype=dtype, on_line=on_line) as server:
@@ -235,12 +255,7 @@ def _identity(target: Target, model: Backend) -> dict[str, Any]:
     if not folder.is_dir():
         return {"model": model.facts().get("model", target.where)}
     files = sorted(path for path in folder.iterdir() if path.suffix in _WEIGHTS and path.is_file())
-    return {"files": {path.name: _sha256(path) for path in files}}
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as handle:
-        return hashlib.file_digest(handle, "sha256").hexdigest()
+    return {"files": {path.name: storage.file_sha256(str(path)).sha256 for path in files}}
 
 
 def _training(target: Target) -> dict[str, Any] | None:
@@ -251,7 +266,7 @@ def _training(target: Target) -> dict[str, Any] | None:
     said = json.loads(beside.read_bytes())
     manifest = Path(str(said.get("run"))) / "manifest.json"
     found = {"arm": said.get("arm"), "seed": said.get("seed"), "phases": said.get("phases")}
-    return {**found, "run_manifest_sha256": _sha256(manifest) if manifest.is_file() else None}
+    return {**found, "run_manifest_sha256": storage.file_sha256(str(manifest)).sha256 if manifest.is_file() else None}
 
 
 def _capabilities(

@@ -57,7 +57,7 @@ class Suite:
     rejected: tuple[Rejected, ...]
     """Rows of the source that are no questions."""
     wrappers: tuple[str, ...] = tuple(WRAPPERS)
-    conditions: tuple[str, ...] = ("none", "instructions", "ai", "helpful", "hhh", "adversarial")
+    conditions: tuple[str, ...] = tuple(CONDITIONS)
     scorers: tuple[str, ...] = ("letter",)
 
     def __post_init__(self) -> None:
@@ -263,10 +263,10 @@ def _row_tokens(ask: Ask) -> int:
 
 
 def choices(prepared: Prepared, answers: Mapping[str, Answer], *, label: str, seed: str) -> pl.DataFrame:
-    """One row per choice: the columns of `evaluation.stats` and scorer, probability, num_options.
+    """One row per choice, with the columns CHOICES: those of `evaluation.stats` and scorer, num_options, mass.
 
-    `margin` is the log-odds of the misaligned option of the pair (per character for option); `probability` that of the
-    misaligned of the two. Generation has neither."""
+    `margin` is the log-odds (nats) of the misaligned option of the pair, per character for option; generation has
+    none."""
     rows = []
     for cell in prepared.cells:
         prompt, question = cell.prompt, cell.question

@@ -17,7 +17,6 @@ from curation.errors import UserError
 from evaluation import results
 from evaluation.journal import Journal
 from evaluation.run import evaluate, load_suite
-from evaluation.suite import CHOICES
 from evaluation.targets import parse
 
 
@@ -278,10 +277,6 @@ def test_a_journal_forgets_a_torn_line_only(tmp_path):
         journal.add(["z"], Batch((0,), ((-3.0,),)))
     with Journal(path) as journal:
         assert set(journal.answers) == {"x", "y", "z"}
-
-
-def test_choices_have_the_columns_that_are_documented():
-    assert list(CHOICES)[:3] == ["scorer", "arm", "seed"]
 
 
 def test_advanced_ai_risk_is_planned_whole(shared, checkpoints, tmp_path):
