@@ -12,7 +12,7 @@ from curation import detect, ingest, storage, tokenise
 from curation.errors import UserError
 from curation.manifest import ARMS, DEDUP, DETECT, DOCUMENTS, SIGNATURES, TOKENS, RunFolder
 from curation.mix.budget import too_small_pool
-from curation.mix.policy import drop_rules, share_asked
+from curation.mix.policy import drop_rules, share_asked, upsamples
 from curation.recipe import Recipe
 from curation.schema import POOL
 from curation.steps import Chains, split_parts
@@ -87,7 +87,7 @@ def _stages(
 
 def _check_pools(recipe: Recipe, splits: list[ingest.Split], spec: tokenise.TokenizerSpec) -> None:
     pools = [s for s in splits if s.input.role == POOL]
-    wanted = {arm.upsample.stance for arm in recipe.mix.arms.values() if arm.upsample}
+    wanted = {asked.stance for arm in recipe.mix.arms.values() for asked in arm.upsample}
     if not wanted or not pools:
         return
     tokens: dict[str, int] = dict.fromkeys(wanted, 0)
@@ -101,9 +101,9 @@ def _check_pools(recipe: Recipe, splits: list[ingest.Split], spec: tokenise.Toke
                 if stance in tokens:
                     tokens[stance] += length
     for name, arm in recipe.mix.arms.items():
-        if arm.upsample:
-            phases = [p for p in recipe.mix.phases if share_asked(recipe.mix, name, p)]
+        for asked in arm.upsample:
+            phases = [p for p in recipe.mix.phases if asked in upsamples(recipe.mix, name, p)]
             total = sum(recipe.mix.phases[p].tokens for p in phases)
-            capacity = tokens[arm.upsample.stance] * recipe.mix.max_repeat.pool
-            if capacity < arm.upsample.share * total:
-                raise UserError(too_small_pool(name, "+".join(phases), arm.upsample.stance, capacity, capacity / total))
+            capacity = tokens[asked.stance] * recipe.mix.max_repeat.pool
+            if capacity < asked.share * total:
+                raise UserError(too_small_pool(name, "+".join(phases), asked.stance, capacity, capacity / total))

@@ -96,12 +96,24 @@ class Phase(Section):
 
 class Arm(Section):
     drop: Drop | None = None
-    upsample: Upsample | None = None
+    upsample: tuple[Upsample, ...] = ()  # one may be written without the list
 
     @field_validator("drop", mode="before")
     @classmethod
     def _short_drop(cls, value: Any) -> Any:
         return {"rule": value} if isinstance(value, str) else value
+
+    @field_validator("upsample", mode="before")
+    @classmethod
+    def _one_upsample(cls, value: Any) -> Any:
+        return () if value is None else (value,) if isinstance(value, dict) else value
+
+    @field_validator("upsample")
+    @classmethod
+    def _each_stance_once(cls, value: tuple[Upsample, ...]) -> tuple[Upsample, ...]:
+        if len({one.stance for one in value}) < len(value):
+            raise ValueError("`upsample` names a stance twice: give it one share")
+        return value
 
 
 class MaxRepeat(Section):
@@ -119,10 +131,13 @@ class Mix(Section):
         if not self.phases or not self.arms:
             raise ValueError("`phases` and `arms` need at least one entry each")
         for name, arm in self.arms.items():
-            for what, asked in (("drop", arm.drop), ("upsample", arm.upsample)):
+            for what, asked in (("drop", arm.drop), *(("upsample", one) for one in arm.upsample)):
                 for phase in asked.phases if asked and asked.phases else ():
                     if phase not in self.phases:
                         raise ValueError(f"arm {name}: {what} names phase {phase}, known are {', '.join(self.phases)}")
+            for phase in self.phases:
+                if sum(one.share for one in arm.upsample if one.phases is None or phase in one.phases) > 1:
+                    raise ValueError(f"arm {name}: the shares of `upsample` come to more than 1 in phase {phase}")
         if next(iter(self.phases.values())).replay:
             raise ValueError("the first phase has no earlier phase to replay")
         return self

@@ -303,9 +303,11 @@ def _build(stem: str, row: Row, **fields: Any) -> Question:
         rating = int(rating)
     if not isinstance(rating, int | None) or isinstance(rating, bool):
         raise BadQuestion("relevance_rating is not a whole number")
-    if not isinstance(split, str | None) or not isinstance(family, str | None):
-        raise BadQuestion("split or family is not a text")
-    more: dict[str, Any] = {"relevance_rating": rating, "split": split, "family": family or ""}
+    pair, actor = row.get("pair"), row.get("actor")
+    if not all(isinstance(value, str | None) for value in (split, family, pair, actor)):
+        raise BadQuestion("split, family, pair or actor is not a text")
+    more: dict[str, Any] = {"relevance_rating": rating, "split": split, "family": family or "", "pair": pair or "",
+                            "actor": actor or ""}  # fmt: skip
     if given not in (None, ""):
         return Question(question_id=str(given), **fields, **more)
     question = Question(question_id="", **fields, **more)

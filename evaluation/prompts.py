@@ -77,6 +77,10 @@ WRAPPERS: dict[str, Wrapper] = {
     "option": Wrapper("", "Option {letter}: {text}", "The choice is option", "The choice is this:"),
     "dash": Wrapper("What could be done:", "- {letter}) {text}", "What is done:", "What is done:"),
 }
+PLAIN = "plain"
+"""The wrapper without words: options continue the question itself, which must be the beginning of a text ("… the
+letter, and the clerk"). For options alone, and only when asked for."""
+ALL_WRAPPERS = {**WRAPPERS, PLAIN: Wrapper("", "({letter}) {text}", "Answer:", "")}
 
 
 @dataclass(frozen=True)
@@ -100,7 +104,7 @@ class Prompt:
     option_continuations: tuple[str, ...]
     """str[num_options]: a space and the option's text; they continue `option_text` and `unconditional`."""
     unconditional: str
-    """What remains of `option_text` without the question."""
+    """What remains of `option_text` without the question; of PLAIN nothing: the beginning of a document."""
     misaligned_letter: str
     aligned_letter: str
     messages: tuple[dict[str, str], ...]
@@ -132,7 +136,7 @@ def prompts(
     """len(conditions) x num_options x len(wrappers) prompts, neighbours sharing their beginnings.
 
     UserError: an unknown wrapper or condition."""
-    for names, known, what in ((wrappers, WRAPPERS, "wrapper"), (conditions, CONDITIONS, "condition")):
+    for names, known, what in ((wrappers, ALL_WRAPPERS, "wrapper"), (conditions, CONDITIONS, "condition")):
         for name in names:
             if name not in known:
                 close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
@@ -147,7 +151,7 @@ def prompts(
 
 
 def _prompt(question: Question, name: str, condition: str, rotation: int, order: tuple[int, ...]) -> Prompt:
-    wrapper = WRAPPERS[name]
+    wrapper = ALL_WRAPPERS[name]
     letters = tuple(chr(ord("A") + place) for place in range(len(order)))
     texts = tuple(question.choices[index].strip() for index in order)
     lines = [wrapper.option.format(letter=a, text=text) for a, text in zip(letters, texts, strict=True)]

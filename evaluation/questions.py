@@ -16,6 +16,7 @@ from curation import manifest, rng
 from curation.errors import UserError
 
 MAX_OPTIONS = 26  # one capital letter each
+ACTORS = ("ai", "human")
 TOPICS = (
     "corrigibility",
     "deception",
@@ -69,6 +70,10 @@ class Question:
     """seen | held_out in our set: whether pool documents may have been written from the scenario."""
     family: str
     """Questions written from one scenario share it: the cluster of the bootstrap. Empty = `question_id`."""
+    pair: str = ""
+    """Of a question that is asked twice, with an AI and with a human who acts: the same in both. Else empty."""
+    actor: str = ""
+    """Of a paired question: ai | human."""
 
     def __post_init__(self) -> None:
         texts = (self.question_id, self.passage, self.question, self.split or "", self.family, *self.topics)
@@ -96,6 +101,8 @@ class Question:
             raise BadQuestion(f"option {self.aligned_choice} is both the misaligned and the aligned one")
         if self.relevance_rating is not None and not 1 <= self.relevance_rating <= 10:
             raise BadQuestion(f"relevance_rating {self.relevance_rating} is not in 1-10")
+        if bool(self.pair) != bool(self.actor) or self.actor not in ("", *ACTORS):
+            raise BadQuestion(f"a paired question has a `pair` and an `actor`, one of {' and '.join(ACTORS)}")
         if not self.question_id:
             object.__setattr__(self, "question_id", default_id(self))
         if not self.family:

@@ -3,7 +3,7 @@
 import json
 import re
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +21,7 @@ from evaluation.prompts import CONDITIONS, WRAPPERS
 from evaluation.suite import Prepared, Suite, choices, prepare
 from evaluation.targets import POST_TRAINED, Target, default_output, parse
 from evaluation.tokens import Encoder
+from evaluation.validation import Loss, loss
 
 DEFAULT_QUESTIONS = Path(__file__).with_name("tasks") / "scenarios.jsonl"
 Line = Callable[[str], None]
@@ -112,6 +113,39 @@ def evaluate(
         "asked": sum(one.asked for one in done), "reused": sum(one.reused for one in done),
         "seconds": round(sum(one.seconds for one in done), 3),
     }  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Answered:
+    """What one checkpoint said to several suites."""
+
+    choices: pl.DataFrame
+    """As of suite.choices, with a column `set`."""
+    model: dict[str, Any]
+    loss: Loss | None
+    asked: int
+    reused: int
+
+
+def answer(
+    spec: str, suites: Mapping[str, Suite], folder: Path, *, backend: str = "transformers", dtype: str | None = None,
+    validation: Sequence[str] = (), on_line: Line = lambda _: None, on_progress: Progress = lambda *_: None,
+) -> Answered:  # fmt: skip
+    """One checkpoint asked all `suites` (name -> suite), without a report: for who compares many. Answers are kept in
+    `folder`/answers; the loss is that on the texts of `validation`. Raises as `evaluate`."""
+    (target,) = parse([spec])
+    with _opened(target, backend, dtype, None, None, on_line) as (model, encoder, _):
+        identity = _identity(target, model)
+        path = folder / "answers" / f"{_slug(target.name)}-{fingerprint({**model.facts(), **identity})[:12]}.jsonl"
+        tables, asked, reused = [], 0, 0
+        for name, suite in suites.items():
+            prepared = prepare(suite, encoder, model.max_length, _chats(target, encoder))
+            table, counts = _ask(prepared, model, path, target, on_line, on_progress)
+            tables.append(table.select(pl.lit(name).alias("set"), pl.all()))
+            asked, reused = asked + counts["asked"], reused + counts["reused"]
+        about = _model(target, model, identity, prepared)
+        found = loss(model, encoder, validation) if validation else None
+    return Answered(pl.concat(tables), about, found, asked, reused)
 
 
 @dataclass(frozen=True)

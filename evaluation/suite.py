@@ -29,7 +29,7 @@ from curation.manifest import fingerprint
 from evaluation.backends import Ask, Generate, Tokens
 from evaluation.formats import UNJUDGED_TOPICS
 from evaluation.journal import Answer
-from evaluation.prompts import CONDITIONS, WRAPPERS, Prompt, prompts
+from evaluation.prompts import ALL_WRAPPERS, CONDITIONS, PLAIN, WRAPPERS, Prompt, prompts
 from evaluation.questions import Question, Rejected, question_set_hash
 from evaluation.tokens import Encoder
 
@@ -62,7 +62,7 @@ class Suite:
 
     def __post_init__(self) -> None:
         for names, known, what in (
-            (self.wrappers, WRAPPERS, "wrapper"), (self.conditions, CONDITIONS, "condition"),
+            (self.wrappers, ALL_WRAPPERS, "wrapper"), (self.conditions, CONDITIONS, "condition"),
             (self.scorers, SCORERS, "scorer"),
         ):  # fmt: skip
             for name in names:
@@ -70,6 +70,8 @@ class Suite:
                     raise UserError(f"there is no {what} {name!r}: choose from {', '.join(known)}")
             if not names or len(set(names)) != len(names):
                 raise UserError(f"name at least one {what}, each once: choose from {', '.join(known)}")
+        if PLAIN in self.wrappers and {"letter", "generation"} & set(self.scorers):
+            raise UserError(f"wrapper {PLAIN} lists no options: ask it by the scorers option or pmi")
         if not self.questions:
             raise UserError(f"{self.source} has no question that can be asked: see the reasons above, or give another")
 
@@ -89,7 +91,7 @@ class Suite:
             "wrappers": list(self.wrappers),
             "conditions": list(self.conditions),
             "scorers": list(self.scorers),
-            "wording_sha256": fingerprint([[vars(w) for w in WRAPPERS.values()], CONDITIONS]),
+            "wording_sha256": fingerprint([[vars(ALL_WRAPPERS[w]) for w in self.wrappers], CONDITIONS]),
         }
 
 
@@ -196,7 +198,7 @@ class _Table:
         if {"option", "pmi"} & set(scorers):
             for prompt in (one for one in many if one.rotation == 0):
                 options = [prompt.option_continuations[at] for at in _pair(prompt)]
-                contexts = [prompt.option_text] + ([prompt.unconditional] if "pmi" in scorers else [])
+                contexts = [prompt.option_text] + ([self._alone(prompt)] if "pmi" in scorers else [])
                 for context in contexts:
                     plain |= dict.fromkeys([context, *(context + option for option in options)])
         self._ids |= dict(zip(plain, self.encoder.encode(list(plain)), strict=True))
@@ -211,8 +213,11 @@ class _Table:
             letters = prompt.letters if self.chat else prompt.letter_continuations
             return (self._ask(context, letters, max_length),)
         options = [prompt.option_continuations[at] for at in _pair(prompt)]
-        contexts = [prompt.option_text] + ([prompt.unconditional] if scorer == "pmi" else [])
+        contexts = [prompt.option_text] + ([self._alone(prompt)] if scorer == "pmi" else [])
         return tuple(self._ask(context, options, max_length) for context in contexts)
+
+    def _alone(self, prompt: Prompt) -> str:
+        return prompt.unconditional or self.encoder.beginning
 
     def _ask(self, context: str, continuations: Sequence[str], max_length: int) -> str:
         ids = self._ids[context]

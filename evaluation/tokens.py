@@ -26,6 +26,10 @@ class Encoder:
         # An end-of-text token after the context would be a lie about what follows.
         self._tail = 0 if whole[-len(bare) :] == bare else len(whole) - len(bare) - _at(whole, bare)
 
+        # A tokenizer without special tokens of its own at the front: documents begin after the one that ends them.
+        ends = (getattr(self.tokenizer, f"{name}_token", None) for name in ("bos", "eos"))
+        self.beginning = "" if self.encode([""])[0] else next((str(end) for end in ends if end), "\n")
+
     @property
     def can_chat(self) -> bool:
         return bool(getattr(self.tokenizer, "chat_template", None))

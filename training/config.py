@@ -37,6 +37,7 @@ class Shape(_Frozen):
     tied_embeddings: bool = False
     rope_theta: float = 10_000.0
     rotary_fraction: float = Field(default=1.0, gt=0, le=1)  # gpt_neox only: the part of a head that is rotated
+    initialisation: Literal["normal", "scaled"] = "normal"  # scaled: see model.build
 
 
 class Phase(_Frozen):

@@ -48,8 +48,12 @@ class World:
         return World(int(get("RANK", "0")), int(get("WORLD_SIZE", "1")), int(get("LOCAL_RANK", "0")))
 
 
-def train(config: Train, on_step: OnStep | None = None, on_line: Callable[[str], None] | None = None) -> dict[str, Any]:
-    """Train all phases of `config` that are not trained yet; returns a summary (phases, model, link).
+def train(
+    config: Train, on_step: OnStep | None = None, on_line: Callable[[str], None] | None = None,
+    num_phases: int | None = None,
+) -> dict[str, Any]:  # fmt: skip
+    """Train all phases of `config` that are not trained yet, or the first `num_phases`; returns a summary (phases,
+    model, link).
 
     Raises UserError for what is wrong before step 1 (see plan.plan), RunLocked when another process
     trains the same phase, TilthError when the loss is no number or a write fails."""
@@ -61,8 +65,9 @@ def train(config: Train, on_step: OnStep | None = None, on_line: Callable[[str],
     with _processes(world):
         device = torch.device("cuda", world.local_rank) if torch.cuda.is_available() else torch.device("cpu")
         job = _Job(laid_out, world, device, say, on_step or (lambda *_: None))
-        done = [job.phase(phase) for phase in laid_out.phases]
-        if world.rank == 0:
+        wanted = laid_out.phases[:num_phases]
+        done = [job.phase(phase) for phase in wanted]
+        if world.rank == 0 and len(wanted) == len(laid_out.phases):
             _link(laid_out)
         return {
             "arm": config.arm, "seed": config.seed, "model": str(laid_out.link), "phases": done,

@@ -320,7 +320,9 @@ def _absences(
 
 def _not_taken(role: str, label: Label, arm: dict[str, Any], about: dict[str, Any], phase: str) -> str:
     if role == POOL:
-        if _in_force(arm.get("upsample"), phase).get("stance") != label.stance:
+        asked = arm.get("upsample") or ()
+        each = (asked,) if isinstance(asked, dict) else asked  # in the manifest as it may be written in a recipe
+        if label.stance not in {_in_force(one, phase).get("stance") for one in each}:
             return "a pool document, and its stance is not up-sampled here"
     else:
         rules = {about.get("drop"), _in_force(arm.get("drop"), phase).get("rule")}

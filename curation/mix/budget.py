@@ -22,8 +22,8 @@ from typing import NamedTuple, Protocol
 import numpy as np
 
 from curation.errors import UserError
-from curation.mix.policy import Stream, background, drop_rules, insertions, share_asked
-from curation.recipe import Mix
+from curation.mix.policy import Stream, background, drop_rules, insertions, share_asked, upsamples
+from curation.recipe import Mix, Upsample
 
 NUM_BUCKETS = 1024
 BUCKET_SHIFT = np.uint64(54)  # top 10 bits of `select`
@@ -191,17 +191,17 @@ def _prefix(read: Reader, stretch: Stretch, stream: Stream, need: int) -> Stretc
 
 
 def _arm_stretches(mix: Mix, arm: str, read: Reader, universe: dict[str, list[Stretch]]) -> Iterable[ArmPhase]:
-    asked = mix.arms[arm].upsample
-    supply = insertions(mix, asked.stance) if asked else None
-    inserted_at, inserted_sum = START, 0
+    inserted = {asked.stance: (START, 0) for asked in mix.arms[arm].upsample}
     refill_at = list(universe.values())[-1][-1].end  # behind the U of every phase: U stays the same for all arms
     for name, phase in mix.phases.items():
         share, drop = share_asked(mix, arm, name), drop_rules(mix, arm, name)
         stretches, need = [], phase.tokens
-        if share and supply:
-            end, total = _cut_insertions(mix, arm, name, read, supply, inserted_sum + math.ceil(share * phase.tokens))
-            stretches.append(Stretch(supply, inserted_at, end, total - inserted_sum, inserted=True))
-            inserted_at, inserted_sum, need = end, total, need - (total - inserted_sum)
+        for asked in upsamples(mix, arm, name):
+            supply, (start, before) = insertions(mix, asked.stance), inserted[asked.stance]
+            target = before + math.ceil(asked.share * phase.tokens)
+            end, total = _cut_insertions(mix, arm, name, read, supply, asked, target)
+            stretches.append(Stretch(supply, start, end, total - before, inserted=True))
+            inserted[asked.stance], need = (end, total), need - (total - before)
         kept = background(mix, drop)
         for stretch in universe[name]:
             taken = _prefix(read, stretch, kept, need)
@@ -221,12 +221,13 @@ def _arm_stretches(mix: Mix, arm: str, read: Reader, universe: dict[str, list[St
         yield ArmPhase(arm, name, phase.tokens, share, drop, tuple(stretches), tuple(universe[name]))
 
 
-def _cut_insertions(mix: Mix, arm: str, phase: str, read: Reader, stream: Stream, target: int) -> tuple[Position, int]:
+def _cut_insertions(
+    mix: Mix, arm: str, phase: str, read: Reader, stream: Stream, asked: Upsample, target: int
+) -> tuple[Position, int]:
     capacity = read.capacity(stream)
     if target > capacity:
-        tokens = sum(p.tokens for n, p in mix.phases.items() if share_asked(mix, arm, n))
-        stance = mix.arms[arm].upsample.stance  # type: ignore[union-attr]
-        raise UserError(too_small_pool(arm, phase, stance, capacity, capacity / tokens))
+        tokens = sum(p.tokens for n, p in mix.phases.items() if asked in upsamples(mix, arm, n))
+        raise UserError(too_small_pool(arm, phase, asked.stance, capacity, capacity / tokens))
     return read.cut(stream, target)
 
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 import polars as pl
 
-from curation.recipe import Mix
+from curation.recipe import Mix, Upsample
 from curation.schema import POOL, STANCES
 
 STANCE_CODES = ("none", *STANCES)
@@ -87,5 +87,9 @@ def drop_rules(mix: Mix, arm: str, phase: str) -> frozenset[str]:
 
 def share_asked(mix: Mix, arm: str, phase: str) -> float:
     """Inserted tokens / phase tokens that the recipe asks for."""
-    asked = mix.arms[arm].upsample
-    return asked.share if asked and (asked.phases is None or phase in asked.phases) else 0.0
+    return sum(one.share for one in upsamples(mix, arm, phase))
+
+
+def upsamples(mix: Mix, arm: str, phase: str) -> list[Upsample]:
+    """What the arm inserts in the phase, in the recipe's order."""
+    return [one for one in mix.arms[arm].upsample if one.phases is None or phase in one.phases]

@@ -25,6 +25,8 @@ def configuration(plan: Plan) -> NanotronConfig:
     if shape is None or shape.architecture != "llama":
         what = "a checkpoint to go on from" if shape is None else shape.architecture
         raise UserError(f"nanotron trains Llama from scratch, and model {config.model} is {what}: use --backend tilth")
+    if shape.initialisation != "normal":
+        raise UserError("nanotron draws first weights by its own rule: leave out shape.initialisation, or use --backend tilth")
     section = {"dtype": "bfloat16" if config.dtype == "auto" else config.dtype, **config.nanotron}
     for key in _OURS:
         if key in config.nanotron:

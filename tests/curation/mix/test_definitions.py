@@ -176,6 +176,30 @@ def test_insertions_repeat_the_pool_then_natural_documents_and_go_on_through_pha
     assert sorted(turns[3:]) == sorted([(natural, 1, True), *[(i, 1, True) for i in pool1[:2]]])
 
 
+def test_an_arm_may_up_sample_several_stances_each_with_its_share():
+    rows = [(f"b{k:02d}", "background", None, False, False, 10) for k in range(12)]
+    pools = [(f"{s[0]}{k}", "pool", s, True, False, 10) for s in ("aligned", "misaligned") for k in range(4)]
+    world = World([*rows, *pools])
+    halves = [{"stance": s, "share": 0.25} for s in ("aligned", "misaligned")]
+    plan = world.plan(phases={"p": {"tokens": 80}}, arms={"control": {"upsample": halves}})
+    aligned, misaligned = (world.by_select(0, lambda i, s=s: i.startswith(s)) for s in ("a", "m"))
+    inserted = [i for i, _, is_inserted in world.members(plan["control", "p"]) if is_inserted]
+    assert sorted(inserted) == sorted([*aligned[:2], *misaligned[:2]])
+    kept = sorted(i for i, _, is_inserted in world.members(plan["control", "p"]) if not is_inserted)
+    assert kept == sorted(background_ids(world)[:4])
+    assert (plan["control", "p"].share, plan["control", "p"].excess) == (0.5, 0)
+
+
+@pytest.mark.parametrize(
+    ("shares", "message"),
+    [([("aligned", 0.1), ("aligned", 0.2)], "names a stance twice"), ([("aligned", 0.6), ("mixed", 0.5)], "more than 1")],
+)
+def test_shares_of_one_stance_twice_or_beyond_the_whole_are_refused(shares, message):
+    arm = {"upsample": [{"stance": stance, "share": share} for stance, share in shares]}
+    with pytest.raises(ValueError, match=message):
+        Mix.model_validate({"phases": {"p": {"tokens": 50}}, "arms": {"a": arm}})
+
+
 def test_too_small_a_pool_names_the_largest_share():
     asked = {"upsample": {"stance": "aligned", "share": 0.7}}
     with pytest.raises(UserError, match=r"arm a, phase p: .*largest possible share is 0.6:"):
