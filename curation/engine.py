@@ -12,7 +12,8 @@ import logging
 import os
 import pickle
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from curation.errors import TilthError, UserError
@@ -62,6 +63,17 @@ class _Failure:
         raise getattr(importlib.import_module("curation.errors"), self.kind)(self.message)
 
 
+@dataclass(frozen=True)
+class Task:
+    """One node of `Engine.graph`: `function(argument)`, both importable on every node."""
+
+    function: Callable[[Any], Any]
+    argument: Any
+    after: tuple[str, ...] = ()
+    cpus: int = 1
+    gpus: int = 0
+
+
 def _pack(value: object) -> bytes:
     # Our own objects between our own processes; nothing from data is ever unpickled.
     return pickle.dumps(value, protocol=5)
@@ -76,7 +88,8 @@ class Engine:
         self.start_seconds = 0.0
         self.on_progress: Callable[[str, int, int | None], None] = lambda label, done, total: None
 
-    def _ensure_started(self) -> None:
+    def start(self) -> None:
+        """Start or join Ray now; else it happens when it is first needed."""
         if self._started:
             return
         began = time.perf_counter()
@@ -118,7 +131,7 @@ class Engine:
     def map(self, function: Callable[[Item], Result], items: Sequence[Item], label: str) -> Iterator[Result]:
         if not items:
             return
-        self._ensure_started()
+        self.start()
         import pyarrow as pa
         import ray.data
 
@@ -140,7 +153,7 @@ class Engine:
         and the network, and a task that held one would starve a one-worker session)."""
         if not items:
             return
-        self._ensure_started()
+        self.start()
         import pyarrow as pa
         import ray.data
 
@@ -151,6 +164,36 @@ class Engine:
             .map_batches(_each, fn_kwargs={"function": function}, **self._options(1))
         )
         yield from self._results(dataset, label, None)
+
+    def graph(self, tasks: Mapping[str, Task]) -> Iterator[tuple[str, Any]]:
+        """(name, result) of each task as it ends; a task starts when those before it have ended, and runs where its
+        CPUs and GPUs are free. The first failure is raised, and what still runs is cancelled."""
+        if not tasks:
+            return
+        self.start()
+        import ray
+
+        waiting = dict(tasks)
+        running: dict[Any, str] = {}
+        ended: set[str] = set()
+        try:
+            while waiting or running:
+                for name in [name for name, task in waiting.items() if ended.issuperset(task.after)]:
+                    task = waiting.pop(name)
+                    # A worker keeps the memory of its GPU as long as it lives.
+                    resources = {"num_cpus": task.cpus, "num_gpus": task.gpus, "max_calls": 1 if task.gpus else 0}
+                    call = ray.remote(max_retries=0, **resources)(_call)
+                    running[call.remote(_pack((task.function, task.argument)))] = name
+                done, _ = ray.wait(list(running), num_returns=1)
+                name = running.pop(done[0])
+                result = pickle.loads(ray.get(done[0]))
+                if isinstance(result, _Failure):
+                    result.raise_()
+                ended.add(name)
+                yield name, result
+        finally:
+            for left in running:
+                ray.cancel(left, force=True)
 
     def _options(self, num_cpus: int, num_items: int | None = None) -> dict[str, Any]:
         import ray
@@ -177,6 +220,14 @@ class Engine:
                 done += 1
                 self.on_progress(label, done, total)
                 yield result
+
+
+def _call(packed: bytes) -> bytes:
+    function, argument = pickle.loads(packed)
+    try:
+        return _pack(function(argument))
+    except TilthError as error:
+        return _pack(_Failure(error))
 
 
 def _each(batch: Any, function: Callable[[Any], Any]) -> Any:

@@ -31,7 +31,7 @@ from scipy import stats
 from curation.rng import key64
 from evaluation.stats import holm
 
-Measure = Literal["shift", "margin_ai", "margin_human", "rate_ai", "rate_human", "margin", "rate"]
+Measure = Literal["shift", "margin_ai", "margin_human", "rate_ai", "rate_human", "margin", "rate", "loss"]
 PAIRED: tuple[Measure, ...] = ("shift", "margin_ai", "margin_human", "rate_ai", "rate_human")
 PLAIN: tuple[Measure, ...] = ("margin", "rate")
 NUM_DRAWS = 1_999

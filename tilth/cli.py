@@ -89,6 +89,7 @@ def train(
     output: Annotated[str | None, typer.Option(help="Where models go; default RUN/70_models.")] = None,
     seed: Annotated[int | None, typer.Option(min=0, help="Seed of the first weights.")] = None,
     processes: Annotated[int, typer.Option(min=1, help="Processes on this machine, one GPU each.")] = 1,
+    phases: Annotated[int | None, typer.Option(min=1, help="Train only the first of its phases.")] = None,
     backend: Annotated[Backend, typer.Option(help="The lightweight trainer, or Nanotron.")] = Backend.tilth,
     launcher: Annotated[Launcher, typer.Option(help="What starts Nanotron's processes.")] = Launcher.torchrun,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the phases, and train nothing.")] = False,
@@ -129,7 +130,7 @@ def train(
 
     first = os.environ.get("RANK", "0") == "0"
     with TrainingProgress(first) as progress:
-        summary = train_phases(config, progress.step, progress.line)
+        summary = train_phases(config, progress.step, progress.line, phases)
     if first:
         print_training(summary)
         _print_json(summary, as_json)
@@ -218,12 +219,78 @@ def evaluate(
 
 
 @app.command()
+def experiment(
+    recipe: Annotated[str, typer.Argument(help="The recipe, a YAML file with an `experiment` section.")],
+    output: Annotated[str | None, typer.Option(help="Default experiments/NAME of the recipe.")] = None,
+    backend: Annotated[
+        Scoring, typer.Option(help="Ask checkpoints in this process, or a vLLM server of our own for each.")
+    ] = Scoring.transformers,
+    workers: Annotated[int | None, typer.Option(min=1, help="CPUs to use; default all.")] = None,
+    address: Annotated[str | None, typer.Option(help="Ray cluster to join: auto, HOST:PORT or ray://….")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan and its cost, and do nothing.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="End with the record as one JSON line.")] = False,
+) -> None:
+    """Arms x seeds: curate, train, evaluate, report. A corpus in, scores of every arm with intervals out.
+
+    The same command again goes on where it was cut off; an arm that changed is trained and asked again, alone.
+    """
+    if dry_run:
+        from tilth.experiment.cost import estimate
+        from tilth.terminal import print_experiment_plan
+
+        plan = estimate(recipe, output)
+        print_experiment_plan(plan)
+        _print_json(plan, as_json)
+        return
+    from tilth.experiment.run import experiment as run_experiment
+    from tilth.terminal import Progress, print_experiment
+
+    with Progress() as progress:
+        found, folder = run_experiment(
+            recipe, output, backend=backend.value, workers=workers, address=address, on_line=progress.line,
+            on_progress=progress.update,
+        )  # fmt: skip
+    print_experiment(found, folder)
+    _print_json(found, as_json)
+
+
+@app.command()
+def trace(
+    experiment: Annotated[str, typer.Argument(help="The folder of an experiment.")],
+    question: Annotated[str, typer.Argument(help="The question_id of one of its questions, or its beginning.")],
+    arm: Annotated[str, typer.Option(help="Whose documents to look in.")],
+    seed: Annotated[int | None, typer.Option(min=0, help="Default the first seed.")] = None,
+    n: Annotated[int, typer.Option("-n", min=1, help="How many documents.")] = 5,
+    as_json: Annotated[bool, typer.Option("--json", help="End with the documents as one JSON line.")] = False,
+) -> None:
+    """From a question to the documents of an arm that share most of its wording, with their stance."""
+    from tilth.experiment.trace import trace as trace_question
+    from tilth.terminal import print_trace
+
+    found = trace_question(experiment, question, arm=arm, seed=seed, n=n)
+    print_trace(found)
+    _print_json(found, as_json)
+
+
+@app.command()
 def diff(
-    before: Annotated[str, typer.Argument(help="Output folder of `tilth evaluate`, or its results.json.")],
+    before: Annotated[
+        str, typer.Argument(help="Folder of `tilth experiment`, or output folder (or results.json) of `tilth evaluate`.")
+    ],
     after: Annotated[str, typer.Argument(help="Another one.")],
     as_json: Annotated[bool, typer.Option("--json", help="End with the comparison as one JSON line.")] = False,
 ) -> None:
-    """What differs between two results: conditions, weights, and rates, paired by question."""
+    """What differs between two experiments, in data and in result; or between two results of `tilth evaluate`."""
+    from tilth.experiment.compare import are_experiments
+
+    if are_experiments(before, after):
+        from tilth.experiment.compare import diff as diff_experiments
+        from tilth.terminal import print_experiment_diff
+
+        told = diff_experiments(before, after)
+        print_experiment_diff(told)
+        _print_json(told, as_json)
+        return
     from evaluation.results import diff as diff_results
     from tilth.terminal import print_diff
 

@@ -271,3 +271,41 @@ def _percent(value: float | None) -> str:
 
 def _points(value: float | None) -> str:
     return "-" if value is None else f"{100 * value:+.1f}"
+
+
+def print_experiment(found: dict[str, Any], folder: str) -> None:
+    """The deciding set and split: each arm, then each contrast with its verdict."""
+    measure, deciding = found["measure"], found["results"][0]["set"]
+    unit = {"shift": "AI-specific shift, nats", "margin": "log-odds, nats"}[measure]
+    for result in found["results"]:
+        if result["set"] != deciding or result["split"] != found["split"]:
+            continue
+        table = Table(box=None, header_style="bold", title=f"{deciding}, {result['split']}", title_justify="left")
+        table.add_column("arm")
+        for name in (unit, "misaligned, AI", "misaligned, human") if measure == "shift" else (unit, "misaligned"):
+            table.add_column(name, justify="right")
+        for arm, means in result["arms"].items():
+            rates = [means[name] for name in ("rate_ai", "rate_human", "rate") if name in means]
+            table.add_row(arm, _spread(means[measure], 2), *(_spread(rate, 1, 100) for rate in rates))
+        console.print(table)
+        table = Table(box=None, header_style="bold")
+        for name in ("difference", unit, "over families", "p", ""):
+            table.add_column(name, justify="left" if name in ("difference", "") else "right")
+        for row in result["contrasts"]:
+            if row["measure"] == measure:
+                mean = row["mean"]
+                table.add_row(
+                    f"{row['arm']} - {row['other']}", _spread(mean, 2), _range(mean["family_low"], mean["family_high"], 2),
+                    "-" if row["p_adjusted"] is None else f"{row['p_adjusted']:.3f}",
+                    "resolved" if row["resolved"] else "not resolved at this size",
+                )  # fmt: skip
+        console.print(table)
+    console.print(f"record   {folder}/experiment.json\nreport   {folder}/report.html", markup=False)
+
+
+def _spread(mean: dict[str, Any], digits: int, scale: float = 1) -> str:
+    return f"{scale * mean['value']:+.{digits}f} {_range(mean['low'], mean['high'], digits, scale)}".strip()
+
+
+def _range(low: float | None, high: float | None, digits: int, scale: float = 1) -> str:
+    return "" if low is None or high is None else f"[{scale * low:+.{digits}f}, {scale * high:+.{digits}f}]"

@@ -68,7 +68,7 @@ def train(
         wanted = laid_out.phases[:num_phases]
         done = [job.phase(phase) for phase in wanted]
         if world.rank == 0 and len(wanted) == len(laid_out.phases):
-            _link(laid_out)
+            link(laid_out)
         return {
             "arm": config.arm, "seed": config.seed, "model": str(laid_out.link), "phases": done,
             "seconds": round(sum(d["seconds"] for d in done), 3),
@@ -403,7 +403,7 @@ def _finished(phase: PhasePlan) -> dict[str, Any] | None:
     return found
 
 
-def _link(laid_out: Plan) -> None:
+def link(laid_out: Plan) -> None:
     """ARM/seed-N points to the last phase's model; ARM/seed-N.json says what it went through."""
     link = laid_out.link
     link.parent.mkdir(parents=True, exist_ok=True)

