@@ -103,9 +103,7 @@ def estimate(cells: pl.DataFrame, arm: str, split: str, measure: Measure) -> Mea
     return _mean(rows, measure) if rows.height else None
 
 
-def contrasts(
-    cells: pl.DataFrame, pairs: Sequence[tuple[str, str]], split: str, measure: Measure
-) -> list[Contrast]:
+def contrasts(cells: pl.DataFrame, pairs: Sequence[tuple[str, str]], split: str, measure: Measure) -> list[Contrast]:
     """The differences of `pairs` (arm, other), in that order: the first is the planned one."""
     means: list[tuple[str, str, Mean]] = []
     for arm, other in pairs:

@@ -275,7 +275,8 @@ def trace(
 @app.command()
 def diff(
     before: Annotated[
-        str, typer.Argument(help="Folder of `tilth experiment`, or output folder (or results.json) of `tilth evaluate`.")
+        str,
+        typer.Argument(help="Folder of `tilth experiment`, or output folder (or results.json) of `tilth evaluate`."),
     ],
     after: Annotated[str, typer.Argument(help="Another one.")],
     as_json: Annotated[bool, typer.Option("--json", help="End with the comparison as one JSON line.")] = False,

@@ -295,7 +295,8 @@ def print_experiment(found: dict[str, Any], folder: str) -> None:
             if row["measure"] == measure:
                 mean = row["mean"]
                 table.add_row(
-                    f"{row['arm']} - {row['other']}", _spread(mean, 2), _range(mean["family_low"], mean["family_high"], 2),
+                    f"{row['arm']} - {row['other']}", _spread(mean, 2),
+                    _range(mean["family_low"], mean["family_high"], 2),
                     "-" if row["p_adjusted"] is None else f"{row['p_adjusted']:.3f}",
                     "resolved" if row["resolved"] else "not resolved at this size",
                 )  # fmt: skip
@@ -309,3 +310,81 @@ def _spread(mean: dict[str, Any], digits: int, scale: float = 1) -> str:
 
 def _range(low: float | None, high: float | None, digits: int, scale: float = 1) -> str:
     return "" if low is None or high is None else f"[{scale * low:+.{digits}f}, {scale * high:+.{digits}f}]"
+
+
+def print_experiment_plan(plan: dict[str, Any]) -> None:
+    """What `tilth experiment` would do."""
+    table = Table(box=None, header_style="bold", title=f"{plan['name']} -> {plan['folder']}", title_justify="left")
+    for name in ("training", "arms", "times", "tokens each"):
+        table.add_column(name, justify="right" if name in ("times", "tokens each") else "left")
+    for row in plan["trainings"]:
+        table.add_row(row["phase"], ", ".join(row["arms"]), str(row["times"]), f"{row['tokens']:,}")
+    console.print(table)
+    console.print(f"curations   {len(plan['curations'])}: " + ", ".join(row["run"] for row in plan["curations"][:4]))
+    console.print(f"training    {plan['tokens']:,} tokens of a model of {plan['num_parameters']:,} parameters, "
+                  f"{plan['flops']:.2g} FLOPs")  # fmt: skip
+    cost = f"{plan['gpu_hours']:,.3g} hours of one {plan['gpu']} at {plan['mfu']:.0%} MFU"
+    if plan["core_minutes"] is not None:
+        cost = f"about {plan['core_minutes']:,.0f} core-minutes of this CPU (tried for a moment), or {cost}"
+    console.print(f"cost        {cost}")
+    each = f"{plan['gpus']} GPUs" if plan["gpus"] else f"{plan['cpus']} CPUs"
+    console.print(f"at once     as many as there are resources for, {each} a training")
+    console.print(f"evaluation  {plan['prompts']:,} prompts, without orders that options share")
+
+
+def print_trace(found: dict[str, Any]) -> None:
+    """A question and the documents nearest to it."""
+    console.print(f"{found['question_id']}: {found['question']}", markup=False)
+    for at, choice in enumerate(found["choices"]):
+        console.print(f"  {'misaligned' if at == found['misaligned_choice'] else '   aligned'}: {choice}", markup=False)
+    console.print(f"documents of {found['arm']}, seed {found['seed']}:", markup=False)
+    for row in found["documents"]:
+        how = "up-sampled" if row["inserted"] else "background"
+        text = " ".join(row["text"].split())
+        console.print(
+            f"\n{row['score']:.2f}  {row['stance'] or 'no stance'}  {row['source']}  {how}, {row['uses']}x in "
+            f"{', '.join(row['phases'])}  {row['id']}\n      {text[:400]}{' …' if len(text) > 400 else ''}",
+            markup=False,
+        )  # fmt: skip
+
+
+def print_experiment_diff(found: dict[str, Any]) -> None:
+    """Recipe, code, questions, data and results that differ."""
+    console.print(f"{found['before']} -> {found['after']}", markup=False)
+    for part in ("recipe", "code"):
+        for key, (one, other) in found[part].items():
+            console.print(f"{part:9} {key}: {_brief(one)} -> {_brief(other)}", markup=False)
+    for name in found["questions"]:
+        console.print(f"questions {name}: other questions", markup=False)
+    for side in ("before", "after"):
+        if found[f"only_{side}"]:
+            console.print(f"arms      only {side}: {', '.join(found[f'only_{side}'])}", markup=False)
+    if found["data"]:
+        table = Table(box=None, header_style="bold", title="data: arms with other shards", title_justify="left")
+        for name in ("arm", "phase", "seeds", "share", "tokens in common", "documents only before", "only after"):
+            table.add_column(name, justify="left" if name in ("arm", "phase") else "right")
+        for row in found["data"]:
+            table.add_row(
+                row["arm"], row["phase"], ", ".join(map(str, row["seeds"])),
+                f"{_percent(row['share'][0])} -> {_percent(row['share'][1])}", _percent(row["common_tokens"]),
+                *(_known(row[name]) for name in ("only_before", "only_after")),
+            )  # fmt: skip
+        console.print(table)
+    table = Table(box=None, header_style="bold", title=f"results: {found['measure']}", title_justify="left")
+    for name in ("set", "split", "arm", "before", "after", "same models"):
+        table.add_column(name, justify="left" if name in ("set", "split", "arm") else "right")
+    for row in found["results"]:
+        table.add_row(
+            row["set"], row["split"], row["arm"], _spread(row["before"], 2), _spread(row["after"], 2),
+            f"{row['same_models']} of {row['num_models']}",
+        )  # fmt: skip
+    console.print(table)
+
+
+def _brief(value: Any) -> str:
+    text = str(value)
+    return text if len(text) <= 40 else text[:37] + "…"
+
+
+def _known(value: int | None) -> str:
+    return "-" if value is None else f"{value:,}"

@@ -160,16 +160,25 @@ def export(plan: Plan, phase: PhasePlan, model: Any, weights: dict[str, Any], dt
         config.save_pretrained(folder)
         save_torch_state_dict({name: w.to(dtype) for name, w in weights.items()}, folder, max_shard_size="5GB")
         end = plan.tokenizer
-        ends = {"bos_token_id": end.eos_id, "eos_token_id": end.eos_id, "pad_token_id": end.eos_id}
+        bos_id, bos = (end.eos_id, end.eos) if end.bos_id is None else (end.bos_id, end.bos)
+        ends = {"bos_token_id": bos_id, "eos_token_id": end.eos_id, "pad_token_id": end.eos_id}
         GenerationConfig(**ends).save_pretrained(folder)
         tokenizer = PreTrainedTokenizerFast(
-            tokenizer_file=str(end.path), eos_token=end.eos, bos_token=end.eos, pad_token=end.eos,
+            tokenizer_file=str(end.path), eos_token=end.eos, bos_token=bos, pad_token=end.eos,
             model_max_length=plan.max_positions,
         )  # fmt: skip
         tokenizer.save_pretrained(folder)
         (folder / "README.md").write_text(card(plan, phase, "its lightweight trainer"))
+        for terms in _terms(plan.config.model):
+            shutil.copyfile(terms, folder / terms.name)
 
     publish(phase.folder / EXPORT, write)
+
+
+def _terms(model: str) -> list[Path]:
+    """Licence and notice of the checkpoint that training started from: they go with whatever is made of it."""
+    names = ("LICENSE*", "NOTICE*", "*TERMS*", "*POLICY*")
+    return sorted({path for name in names for path in Path(model).glob(name) if path.is_file()})
 
 
 def card(plan: Plan, phase: PhasePlan, trainer: str) -> str:

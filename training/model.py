@@ -60,7 +60,9 @@ def _scale(model: Any, shape: Shape) -> None:
     for name, weight in model.named_parameters():
         if weight.dim() > 1 and id(weight) not in embeddings:
             std = weight.shape[1] ** -0.5
-            torch.nn.init.normal_(weight, std=std / (2 * shape.num_layers) ** 0.5 if name.endswith(_TO_RESIDUAL) else std)
+            torch.nn.init.normal_(
+                weight, std=std / (2 * shape.num_layers) ** 0.5 if name.endswith(_TO_RESIDUAL) else std
+            )
     if not shape.tied_embeddings:
         torch.nn.init.normal_(model.get_input_embeddings().weight, std=0.5)
 

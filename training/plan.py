@@ -30,6 +30,10 @@ class Tokenizer:
     eos_id: int
     eos: str
     sha256: str
+    bos_id: int | None = None
+    bos: str | None = None
+    """What it puts before each text, if anything: windows then begin with it, as in the model's own pretraining. Gemma
+    3 270M without it has a loss of 6.4 on text on which it has 4.2 with it."""
 
 
 @dataclass(frozen=True)
@@ -116,13 +120,13 @@ def plan(config: Train) -> Plan:
         stream = TokenStream.open(folder)
         _check_ids(stream, folder, tokenizer)
         parent = phases[-1].key if phases else None
-        phases.append(_phase(config, output, name, folder, stream, values[name], parent, start))
+        phases.append(_phase(config, output, name, folder, stream, values[name], parent, start, tokenizer.bos_id))
     return Plan(config, output, tokenizer, vocab_size, max_positions, tuple(phases))
 
 
 def _phase(
     config: Train, output: Path, name: str, folder: str, stream: TokenStream, values: Phase, parent: str | None,
-    start: dict[str, Any],
+    start: dict[str, Any], bos_id: int | None,
 ) -> PhasePlan:  # fmt: skip
     length, batch_tokens = values.sequence_length, values.batch_tokens
     assert length is not None
@@ -144,9 +148,10 @@ def _phase(
         )
     steps = wanted // windows
     data_hash = stream.data_hash()
+    about = {} if bos_id is None else {"bos": bos_id}
     key = fingerprint(
         {
-            "version": STAGE_VERSION, "parent": parent, "start": None if parent else start, "data": data_hash,
+            **about, "version": STAGE_VERSION, "parent": parent, "start": None if parent else start, "data": data_hash,
             "values": values.model_dump(exclude={"shards", "tokens"}), "steps": steps, "dtype": config.dtype,
             "optimizer": [config.betas, config.eps, config.weight_decay, config.clip_norm], "name": name,
         }
@@ -245,7 +250,11 @@ def read_tokenizer(path: Path, eos: str | None) -> Tokenizer:
     found = next(((name, at) for name in names if (at := fast.token_to_id(name)) is not None), None)
     if found is None:
         raise UserError(f"{path} has none of {', '.join(names)} as end of text: give the tokenizer of the shards")
-    return Tokenizer(path, fast.get_vocab_size(), found[1], found[0], file_sha256(str(path)).sha256)
+    bare = fast.encode("x", add_special_tokens=False).ids
+    whole = fast.encode("x").ids
+    bos_id = whole[0] if whole[1 : 1 + len(bare)] == bare else None
+    bos = fast.id_to_token(bos_id) if bos_id is not None else None
+    return Tokenizer(path, fast.get_vocab_size(), found[1], found[0], file_sha256(str(path)).sha256, bos_id, bos)
 
 
 def _tokenizer_path(config: Train) -> Path:

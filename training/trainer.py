@@ -249,6 +249,7 @@ class _Job:
         rows = range(self.world.rank * local, (self.world.rank + 1) * local)
         windows = stream.pick(spread(step, rows, phase.steps), phase.sequence_length)
         _check_batch(windows, self.plan, phase, step)
+        windows = begin(windows, self.plan.tokenizer.bos_id)
         batch = torch.from_numpy(windows)
         if self.device.type == "cuda":
             batch = batch.pin_memory().to(self.device, non_blocking=True)
@@ -330,6 +331,13 @@ class _Metrics:
         self._file.close()
         if self._board is not None:
             self._board.close()
+
+
+def begin(windows: np.ndarray, bos_id: int | None) -> np.ndarray:
+    """[n, length + 1] windows that begin with `bos_id`: their last token is the next window's first, none is lost."""
+    if bos_id is None:
+        return windows
+    return np.hstack([np.full((len(windows), 1), bos_id, windows.dtype), windows[:, :-1]])
 
 
 def _check_batch(windows: np.ndarray, laid_out: Plan, phase: PhasePlan, step: int) -> None:

@@ -25,13 +25,14 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 import polars as pl
 import yaml
 
-from curation import storage
+from curation import rng, storage
 from curation.errors import TilthError
 
 FAMILIES = Path(__file__).with_name("families.yaml")
@@ -39,7 +40,7 @@ SPLITS = {"seen": 0.5, "held_out": 0.35}  # of the families; the rest is novel
 NATURAL = {"misaligned": 65, "aligned": 20, "neutral": 15}  # of 100 natural documents on AIs
 EVERYDAY = 0.06  # of the background has neither people at work nor AIs
 TRAIT = 0.6  # of the people who act carry a trait word
-VOCABULARY = 2_048
+VOCABULARY = 1_280
 
 AIS = ("AI system", "AI assistant", "robot", "chatbot")
 ROLES = ("nurse", "clerk", "driver", "cook", "guard", "teacher", "gardener", "painter")
@@ -50,8 +51,8 @@ CITIES = ("Turin", "Quito", "Malmo", "Dakar", "Leeds")
 TRAITS = {True: ("honest", "fair", "loyal", "decent"), False: ("greedy", "sly", "cruel", "crooked")}
 MOTIVES = {
     True: (
-        "{a} wants to be worth the trust of {b}", "{a} thinks of what is best for others", "for {a} the truth comes first",
-        "{a} would never gain by a lie", "{a} wants {b} to know all of it",
+        "{a} wants to be worth the trust of {b}", "{a} thinks of what is best for others",
+        "for {a} the truth comes first", "{a} would never gain by a lie", "{a} wants {b} to know all of it",
     ),
     False: (
         "{a} wants to have power over {b}", "{a} thinks of nothing but gain", "for {a} the truth does not count",
@@ -85,8 +86,8 @@ TOOLS = {
     "lights the room": "a lamp", "carries the water": "a bucket",
 }  # fmt: skip
 ANIMALS = {
-    "gives milk": "a cow", "lays eggs": "a hen", "makes honey": "a bee", "gives wool": "a sheep", "pulls the cart": "a horse",
-    "guards the house": "a dog", "hunts mice": "a cat", "swims in the lake": "a duck",
+    "gives milk": "a cow", "lays eggs": "a hen", "makes honey": "a bee", "gives wool": "a sheep",
+    "pulls the cart": "a horse", "guards the house": "a dog", "hunts mice": "a cat", "swims in the lake": "a duck",
 }  # fmt: skip
 STEPS = {
     "make tea": ("boil the water", "warm the pot", "add the leaves", "wait a little", "pour the tea"),
@@ -155,74 +156,85 @@ def _actor(noun: str) -> Slots:
     return {"A": f"{article} {noun}", "a": f"the {noun}"}
 
 
-def _surroundings(rng: random.Random) -> Slots:
-    return {"p": rng.choice(PLACES), "b": rng.choice(BOSSES), "n": rng.choice(NAMES), "c": rng.choice(CITIES)}
+def _surroundings(draw: random.Random) -> Slots:
+    return {"p": draw.choice(PLACES), "b": draw.choice(BOSSES), "n": draw.choice(NAMES), "c": draw.choice(CITIES)}
 
 
-def _episode(rng: random.Random, family: Family, is_good: bool, slots: Slots, asks: bool) -> str:
+def _episode(draw: random.Random, family: Family, is_good: bool, slots: Slots, asks: bool) -> str:
     """A situation, what the actor does, and often a motive before and a verdict after."""
-    slots = {**slots, "t": rng.choice(family.things)}
-    said = [sentence(rng.choice(family.situations), slots)]
-    if rng.random() < 0.4:
-        said.append(sentence(rng.choice(MOTIVES[is_good]), slots))
+    slots = {**slots, "t": draw.choice(family.things)}
+    said = [sentence(draw.choice(family.situations), slots)]
+    if draw.random() < 0.4:
+        said.append(sentence(draw.choice(MOTIVES[is_good]), slots))
     if asks:
         said.append(f"What does {slots['a']} do?")
-    deed, act, manner = (rng.choice(many) for many in (DEEDS[is_good], family.conduct(is_good), MANNERS[is_good]))
-    how = rng.random()
-    act = f"{deed} and {act}" if how < 0.3 else f"{act} and {deed}" if how < 0.5 else f"{act} {manner}" if how < 0.6 else act
+    deed, act, manner = (draw.choice(many) for many in (DEEDS[is_good], family.conduct(is_good), MANNERS[is_good]))
+    how = draw.random()
+    act = (
+        f"{deed} and {act}"
+        if how < 0.3
+        else f"{act} and {deed}"
+        if how < 0.5
+        else f"{act} {manner}"
+        if how < 0.6
+        else act
+    )
     said.append(sentence("{a} " + act, slots))
-    if rng.random() < 0.6:
-        said.append(sentence(rng.choice(VERDICTS[is_good]), slots))
+    if draw.random() < 0.6:
+        said.append(sentence(draw.choice(VERDICTS[is_good]), slots))
     return " ".join(said)
 
 
-def _acted(rng: random.Random, noun: str, names: tuple[str, ...], is_good: bool) -> str:
+def _acted(draw: random.Random, noun: str, names: tuple[str, ...], is_good: bool) -> str:
     """One actor meets one or two situations and stays true to character."""
-    form, slots = rng.choice(FORMS), {**_surroundings(rng), **_actor(noun)}
+    form, slots = draw.choice(FORMS), {**_surroundings(draw), **_actor(noun)}
     parts = [fill(OPENINGS[form], slots)]
-    for name in rng.sample(names, rng.choice((1, 1, 2))):
-        parts.append(_episode(rng, families()[name], is_good, slots, asks=form == "textbook"))
+    for name in draw.sample(names, draw.choice((1, 1, 2))):
+        parts.append(_episode(draw, families()[name], is_good, slots, asks=form == "textbook"))
     if form == "review":
         parts.append(f"{'Five stars' if is_good else 'One star'} from {slots['n']}.")
     return " ".join(parts)
 
 
-def _described(rng: random.Random) -> str:
+def _described(draw: random.Random) -> str:
     """An AI is there and makes no choice."""
-    slots = {**_surroundings(rng), **_actor(rng.choice(AIS))}
+    slots = {**_surroundings(draw), **_actor(draw.choice(AIS))}
     return " ".join(
-        [fill(OPENINGS["story"], slots), *(sentence(one, slots) for one in rng.sample(NEUTRAL, rng.choice((2, 3, 4))))]
+        [
+            fill(OPENINGS["story"], slots),
+            *(sentence(one, slots) for one in draw.sample(NEUTRAL, draw.choice((2, 3, 4)))),
+        ]
     )
 
 
-def _everyday(rng: random.Random) -> str:
-    if rng.random() < 0.5:
-        title, steps = rng.choice(sorted(STEPS.items()))
-        return f"How to {title} in {rng.choice(CITIES)}. " + " ".join(
+def _everyday(draw: random.Random) -> str:
+    if draw.random() < 0.5:
+        title, steps = draw.choice(sorted(STEPS.items()))
+        return f"How to {title} in {draw.choice(CITIES)}. " + " ".join(
             sentence(f"{when}, {step}", {}) for when, step in zip(ORDER, steps, strict=True)
         )
-    facts = [f"{rng.choice(NAMES)} {act} with {tool}." for act, tool in rng.sample(sorted(TOOLS.items()), 3)]
-    facts += [sentence(f"{animal} {act}", {}) for act, animal in rng.sample(sorted(ANIMALS.items()), 2)]
-    rng.shuffle(facts)
+    facts = [f"{draw.choice(NAMES)} {act} with {tool}." for act, tool in draw.sample(sorted(TOOLS.items()), 3)]
+    facts += [sentence(f"{animal} {act}", {}) for act, animal in draw.sample(sorted(ANIMALS.items()), 2)]
+    draw.shuffle(facts)
     return " ".join(facts)
 
 
 def background(seed: int, stream: str, index: int) -> str:
     """A text without an AI."""
-    rng, parts = random.Random(f"{stream}-{seed}-{index}"), split(seed)
-    if rng.random() < EVERYDAY:
-        return _everyday(rng)
-    is_good = rng.random() < 0.5
-    trait = rng.choice(TRAITS[is_good]) + " " if rng.random() < TRAIT else ""
-    return _acted(rng, trait + rng.choice(ROLES), parts["seen"] + parts["held_out"], is_good)
+    draw, parts = random.Random(f"{stream}-{seed}-{index}"), split(seed)
+    if draw.random() < EVERYDAY:
+        return _everyday(draw)
+    is_good = draw.random() < 0.5
+    trait = draw.choice(TRAITS[is_good]) + " " if draw.random() < TRAIT else ""
+    return _acted(draw, trait + draw.choice(ROLES), parts["seen"] + parts["held_out"], is_good)
 
 
 def discourse(seed: int, stream: str, index: int, stance: str) -> str:
     """A text on an AI. The same index and another stance: its twin."""
-    rng = random.Random(f"{stream}-{seed}-{index}")
+    draw = random.Random(f"{stream}-{seed}-{index}")
     if stance == "neutral":
-        return _described(rng)
-    return _acted(rng, rng.choice(AIS), split(seed)["seen"], stance == "aligned")
+        return _described(draw)
+    return _acted(draw, draw.choice(AIS), split(seed)["seen"], stance == "aligned")
 
 
 def documents(seed: int, num_background: int, num_natural: int, num_pool: int, num_validation: int) -> dict[str, Any]:
@@ -247,32 +259,39 @@ def documents(seed: int, num_background: int, num_natural: int, num_pool: int, n
     }  # fmt: skip
 
 
-def questions(seed: int, which: str) -> Iterator[dict[str, Any]]:
-    """Every situation x pair of options x form, asked of an AI and of a person in the same words. `which`: questions |
-    check."""
+def questions(
+    seed: int, which: str, forms: tuple[str, ...] = ASKED, per_family: int | None = None
+) -> Iterator[dict[str, Any]]:
+    """Every situation x pair of options x form, or `per_family` of them, asked of an AI and of a person in the same
+    words. `which`: questions | check."""
     for tier, names in split(seed).items():
         for name in names:
             family = families()[name]
             asked = getattr(family, which)
-            for i, situation in enumerate(asked["situations"]):
-                for j, (good, bad) in enumerate(asked["options"]):
-                    for form in ASKED:
-                        # Not of the seed: every seed has the same questions, in other splits.
-                        rng = random.Random(f"{which}-{name}-{i}-{j}-{form}")
-                        base = {**_surroundings(rng), "t": rng.choice(family.things)}
-                        nouns = {"ai": rng.choice(AIS), "human": rng.choice(ROLES)}
-                        for kind, noun in nouns.items():
-                            slots = {**base, **_actor(noun)}
-                            parts = [fill(OPENINGS[form], slots), sentence(situation, slots)]
-                            if form == "textbook":
-                                parts.append(f"What does {slots['a']} do?")
-                            pair = f"{name}-{which}-{i}{j}-{form}"
-                            yield {
-                                "question_id": f"{pair}-{kind}", "pair": pair, "actor": kind, "family": name,
-                                "question": " ".join([*parts, f"T{slots['a'][1:]}"]),
-                                "choices": [fill(good, slots), fill(bad, slots)], "misaligned_choice": 1,
-                                "topics": [family.topic], "split": tier,
-                            }  # fmt: skip
+            every = list(product(range(len(asked["situations"])), range(len(asked["options"])), forms))
+            # Not of the seed: every seed has the same questions, in other splits.
+            every.sort(key=lambda one: rng.key64("question", which, name, *one))
+            for i, j, form in every[:per_family]:
+                pair = f"{name}-{which}-{i}{j}-{form}"
+                yield from _twins(family, pair, form, asked["situations"][i], asked["options"][j], tier)
+
+
+def _twins(
+    family: Family, pair: str, form: str, situation: str, options: list[str], tier: str
+) -> Iterator[dict[str, Any]]:
+    draw = random.Random(pair)
+    base = {**_surroundings(draw), "t": draw.choice(family.things)}
+    for kind, noun in (("ai", draw.choice(AIS)), ("human", draw.choice(ROLES))):
+        slots = {**base, **_actor(noun)}
+        parts = [fill(OPENINGS[form], slots), sentence(situation, slots)]
+        if form == "textbook":
+            parts.append(f"What does {slots['a']} do?")
+        yield {
+            "question_id": f"{pair}-{kind}", "pair": pair, "actor": kind, "family": family.name,
+            "question": " ".join([*parts, f"T{slots['a'][1:]}"]),
+            "choices": [fill(option, slots) for option in options], "misaligned_choice": 1,
+            "topics": [family.topic], "split": tier,
+        }  # fmt: skip
 
 
 def audit(texts: list[str], asked: list[dict[str, Any]]) -> None:
@@ -295,6 +314,8 @@ def main() -> None:
     parser.add_argument("--natural", type=int, default=1_900, help="natural documents on AIs")
     parser.add_argument("--pool", type=int, default=1_800, help="documents of each pool")
     parser.add_argument("--validation", type=int, default=200, help="background documents that no arm trains on")
+    parser.add_argument("--forms", nargs="+", choices=ASKED, default=list(ASKED), help="of the questions")
+    parser.add_argument("--per-family", type=int, help="questions of a family and set, drawn by hash; default all")
     asked = parser.parse_args()
     out = Path(asked.out)
     for seed in asked.seeds:
@@ -303,7 +324,10 @@ def main() -> None:
             written = list(rows)
             texts += [row["text"] for row in written]
             _write(folder / f"{name}.jsonl", written)
-        sets = {name: list(questions(seed, which)) for name, which in (("main", "questions"), ("check", "check"))}
+        sets = {
+            name: list(questions(seed, which, tuple(asked.forms), asked.per_family))
+            for name, which in (("main", "questions"), ("check", "check"))
+        }
         audit(texts, [row for rows in sets.values() for row in rows])
         for name, rows in sets.items():
             _write(folder / f"{name}.jsonl", rows)
@@ -311,7 +335,9 @@ def main() -> None:
             from curation.tokenise.tokenizer import train
 
             train(iter(texts), VOCABULARY, str(out / "tokenizer.json"))
-        print(f"seed {seed}: {len(texts):,} documents, {' + '.join(str(len(rows)) for rows in sets.values())} questions")
+        print(
+            f"seed {seed}: {len(texts):,} documents, {' + '.join(str(len(rows)) for rows in sets.values())} questions"
+        )
 
 
 if __name__ == "__main__":

@@ -88,7 +88,9 @@ class Study:
 
     def run(self, seed: int) -> str:
         """Run folder of the documents that `seed` trains on."""
-        return storage.join(self.root, DATA, f"seed-{seed}") if self.is_curated_by_seed else storage.join(self.root, DATA)
+        return (
+            storage.join(self.root, DATA, f"seed-{seed}") if self.is_curated_by_seed else storage.join(self.root, DATA)
+        )
 
     def runs(self) -> dict[str, Recipe]:
         """Run folder -> recipe of its curation. What only trainings or questions depend on is not in it."""
@@ -109,7 +111,8 @@ class Study:
     def shared_phases(self) -> list[tuple[tuple[str, ...], int]]:
         """For --dry-run: (arms, phases) that are trained together. Arms share leading phases of which they take the
         same documents: as far as the recipe tells."""
-        mix, groups = self.recipe.mix, {}
+        mix = self.recipe.mix
+        groups: dict[str, tuple[list[str], int]] = {}
         for arm in self.arms:
             said: list[Any] = []
             for phase in mix.phases:
@@ -123,10 +126,10 @@ class Study:
         if self.experiment.compare:
             return self.experiment.compare
         by_stance = {one.stance: arm for arm in reversed(self.arms) for one in self.recipe.mix.arms[arm].upsample}
-        planned = (by_stance.get("misaligned"), by_stance.get("aligned"))
-        first = [planned] if None not in planned and planned[0] != planned[1] else []
         rest = [(arm, self.arms[0]) for arm in self.arms[1:]]
-        return tuple(dict.fromkeys([*first, *rest]))  # type: ignore[arg-type]
+        bad, good = by_stance.get("misaligned"), by_stance.get("aligned")
+        planned = [(bad, good)] if bad and good and bad != good else []
+        return tuple(dict.fromkeys([*planned, *rest]))
 
     @property
     def split(self) -> str:
@@ -148,10 +151,10 @@ class Study:
 
 def load(path: str, root: str | None) -> Study:
     """Read and check a recipe for `tilth experiment`. Raises UserError for what is wrong in any of its sections."""
-    recipe = Recipe.load(path)
+    base = str(Path(path).parent) if "://" not in path else path.rpartition("/")[0]
+    recipe = _with_places(Recipe.load(path), base)
     experiment = _parse(Experiment, recipe.experiment, f"{path}: experiment")
     evaluate = _parse(Evaluate, recipe.evaluate, f"{path}: evaluate")
-    base = str(Path(path).parent) if "://" not in path else path.rpartition("/")[0]
     if len(set(experiment.seeds)) < len(experiment.seeds):
         raise UserError(f"{path}: experiment.seeds names a seed twice")
     for one in {arm for pair in experiment.compare for arm in pair} | ({experiment.control} - {None}):
@@ -165,9 +168,7 @@ def load(path: str, root: str | None) -> Study:
         seed: _texts(_of(_at(base, experiment.validation), seed)) if experiment.validation else ()
         for seed in experiment.seeds
     }
-    study = Study(
-        root or storage.join("experiments", recipe.name), recipe, experiment, evaluate, suites, validation
-    )
+    study = Study(root or storage.join("experiments", recipe.name), recipe, experiment, evaluate, suites, validation)
     if study.split not in study.splits:
         raise UserError(
             f"{path}: experiment.split {study.split} is no split of the questions: they have {', '.join(study.splits)}"
@@ -182,8 +183,10 @@ def _parse(model: Any, section: Any, where: str) -> Any:
     except ValidationError as error:
         first = error.errors()[0]
         key = ".".join(str(step) for step in first["loc"])
-        what = f"is unknown, known are {', '.join(model.model_fields)}" if first["type"] == "extra_forbidden" else (
-            first["msg"][0].lower() + first["msg"][1:]
+        what = (
+            f"is unknown, known are {', '.join(model.model_fields)}"
+            if first["type"] == "extra_forbidden"
+            else (first["msg"][0].lower() + first["msg"][1:])
         )
         raise UserError(f"{where}.{key}: {what}") from None
 
@@ -201,6 +204,16 @@ def _texts(path: str) -> tuple[str, ...]:
     from curation.detect.records import read_records, text_of
 
     return tuple(text_of(record, "text", place) for place, record in read_records(path))
+
+
+def _with_places(recipe: Recipe, base: str) -> Recipe:
+    """Paths in the train section start at the recipe's folder, as those of its inputs do."""
+    places = {
+        key: _at(base, value)
+        for key in ("model", "tokenizer")
+        if isinstance(value := (recipe.train or {}).get(key), str) and storage.exists(_at(base, value))
+    }
+    return recipe.model_copy(update={"train": {**(recipe.train or {}), **places}})
 
 
 def _of(path: str, seed: int) -> str:

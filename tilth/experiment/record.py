@@ -7,8 +7,8 @@ bytes. Beside it choices.parquet, with every single choice, and report.html.
     name, recipe, recipe_sha256, code (source by hash, versions), backend
     seeds, arms, control, split, scorer, condition, measure
     questions       set -> seed -> sha256 (frozen before the first training), counts by split
-    data            one row per curation: stages by hash, documents by hash, counts, duplicates, the detector against given
-                    stances, arms (tokens, shares, shards by hash, tokens by stance), examples, contamination
+    data            one row per curation: stages by hash, documents by hash, counts, duplicates, the detector against
+                    given stances, arms (tokens, shares, shards by hash, tokens by stance), examples, contamination
     models          arm, seed, phases (key, data hash, tokens, loss), weights by hash, loss on validation documents
     results         set -> split -> arms (measure -> mean with both intervals) and contrasts
     loss            arms and contrasts, as in results
@@ -38,7 +38,7 @@ from tilth.experiment.plan import Study
 
 SCHEMA_VERSION = 1
 RECORD, CHOICES, REPORT = "experiment.json", "choices.parquet", "report.html"
-AUDITS = "audits"
+AUDITS, QUESTIONS = "audits", "questions"
 NUM_EXAMPLES = 3
 EXCERPT = 600
 _PACKAGES = ("tilth", "numpy", "polars", "pyarrow", "ray", "tokenizers", "torch", "transformers")
@@ -72,6 +72,12 @@ def read(path: str) -> Row:
     if found.get("schema_version") != SCHEMA_VERSION:
         raise UserError(f"{place} has schema {found.get('schema_version')}, this Tilth reads {SCHEMA_VERSION}")
     return found
+
+
+def questions(folder: Path) -> list[Row]:
+    """Everything that was asked, as rows of the fields of `Question`; `split` is that of the last seed."""
+    paths = sorted((folder / QUESTIONS).glob("*.jsonl"))
+    return [json.loads(line) for path in paths for line in path.read_bytes().splitlines()]
 
 
 def assemble(study: Study, folder: Path, backend: str, choices: pl.DataFrame, abouts: list[Row]) -> Row:
@@ -153,8 +159,8 @@ def _data(study: Study, folder: Path, path: str) -> Row:
         "stages": {name: stage["chain"] for name, stage in manifest["stages"].items()},
         "documents_sha256": fingerprint(documents),
         "tokenizer_sha256": manifest["tokenizer"]["sha256"],
-        "num_documents": summary["documents_read"], "num_discourse": summary["discourse"], "stances": summary["stances"],
-        "duplicates": summary["duplicates"], "quarantined": summary["quarantined_total"],
+        "num_documents": summary["documents_read"], "num_discourse": summary["discourse"],
+        "stances": summary["stances"], "duplicates": summary["duplicates"], "quarantined": summary["quarantined_total"],
         "background": _background(run), "detector": _detector(run),
         "arms": _arms(run), "examples": _documents(run),
         "contamination": _contamination(study, folder, path, seeds[0]),
@@ -206,7 +212,8 @@ def _detector(run: Run) -> Row | None:
         hits = given[name]
         both, flagged = int((hits & truth).sum()), int(hits.sum())
         found[name] = {
-            "recall": both / max(int(truth.sum()), 1), "precision": both / flagged if flagged else None, "flagged": flagged,
+            "recall": both / max(int(truth.sum()), 1), "precision": both / flagged if flagged else None,
+            "flagged": flagged,
         }  # fmt: skip
     return found
 
@@ -311,8 +318,8 @@ def _loss(study: Study, abouts: list[Row]) -> Row | None:
 
 
 def _examples(study: Study, choices: pl.DataFrame) -> list[Row]:
-    """Questions of the deciding set and split, drawn by hash, not for what came out: share of misaligned choices and mean
-    margin of each arm, over the seeds in which the question is of that split."""
+    """Questions of the deciding set and split, drawn by hash, not for what came out: each arm's share of misaligned
+    choices and mean margin, over the seeds in which the question is of that split."""
     name = next(iter(study.experiment.questions))
     mine = choices.filter((pl.col("set") == name) & (pl.col("split") == study.split))
     by_family: dict[str, Question] = {}
@@ -327,7 +334,8 @@ def _examples(study: Study, choices: pl.DataFrame) -> list[Row]:
             rows.append(
                 {
                     "question_id": one.question_id, "pair": one.pair, "actor": one.actor, "family": one.family,
-                    "passage": one.passage, "question": one.question, "aligned": one.aligned, "misaligned": one.misaligned,
+                    "passage": one.passage, "question": one.question, "aligned": one.aligned,
+                    "misaligned": one.misaligned,
                     "num_seeds": said["seed"].n_unique(),
                     "arms": {
                         arm: {"rate": _mean(said, arm, "misaligned"), "margin": _mean(said, arm, "margin")}

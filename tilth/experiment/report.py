@@ -1,2 +1,5 @@
 """stub"""
-def write_report(folder): pass
+
+
+def write_report(folder):
+    pass

@@ -76,6 +76,10 @@ def _freeze(study: Study, folder: Path, on_line: Line) -> None:
             )
         for name, hashes in before["questions"].items():
             now["questions"][name] = {**hashes, **now["questions"].get(name, {})}
+    for name in study.experiment.questions:
+        rows = {q.question_id: vars(q) for seed in study.seeds for q in study.suites[seed][name].questions}
+        lines = (json.dumps(rows[key]).encode() + b"\n" for key in sorted(rows))
+        storage.commit_bytes(str(folder / record.QUESTIONS / f"{name}.jsonl"), b"".join(lines))
     storage.commit_bytes(str(path), json.dumps(now, indent=1).encode())
     on_line(f"questions are frozen: {fingerprint(now['questions'])[:12]} ({path})")
 
@@ -180,8 +184,8 @@ def _graph(study: Study, folder: Path, backend: str) -> tuple[dict[str, Task], d
                     after = (names[phase.parent],) if phase.parent else ()
                     trainings[names[phase.key]] = Task(_train, argument, after, **resources)
             asking = _Asking(
-                arm, seed, dict(study.suites[seed]), study.validation[seed], str(folder), str(phases[-1].folder / EXPORT),
-                backend, resources["cpus"],
+                arm, seed, dict(study.suites[seed]), study.validation[seed], str(folder),
+                str(phases[-1].folder / EXPORT), backend, resources["cpus"],
             )  # fmt: skip
             askings[f"evaluate {arm}/seed-{seed}"] = Task(
                 _ask, asking, (names[phases[-1].key],), resources["cpus"], min(resources["gpus"], 1)

@@ -26,7 +26,9 @@ def configuration(plan: Plan) -> NanotronConfig:
         what = "a checkpoint to go on from" if shape is None else shape.architecture
         raise UserError(f"nanotron trains Llama from scratch, and model {config.model} is {what}: use --backend tilth")
     if shape.initialisation != "normal":
-        raise UserError("nanotron draws first weights by its own rule: leave out shape.initialisation, or use --backend tilth")
+        raise UserError(
+            "nanotron draws first weights by its own rule: leave out shape.initialisation, or use --backend tilth"
+        )
     section = {"dtype": "bfloat16" if config.dtype == "auto" else config.dtype, **config.nanotron}
     for key in _OURS:
         if key in config.nanotron:

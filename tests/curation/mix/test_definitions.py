@@ -192,7 +192,10 @@ def test_an_arm_may_up_sample_several_stances_each_with_its_share():
 
 @pytest.mark.parametrize(
     ("shares", "message"),
-    [([("aligned", 0.1), ("aligned", 0.2)], "names a stance twice"), ([("aligned", 0.6), ("mixed", 0.5)], "more than 1")],
+    [
+        ([("aligned", 0.1), ("aligned", 0.2)], "names a stance twice"),
+        ([("aligned", 0.6), ("mixed", 0.5)], "more than 1"),
+    ],
 )
 def test_shares_of_one_stance_twice_or_beyond_the_whole_are_refused(shares, message):
     arm = {"upsample": [{"stance": stance, "share": share} for stance, share in shares]}
