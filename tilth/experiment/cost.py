@@ -31,7 +31,7 @@ def estimate(recipe: str, root: str | None) -> dict[str, Any]:
         "name": study.recipe.name, "folder": study.root, "arms": list(study.arms), "seeds": list(study.seeds),
         "curations": curations, "trainings": trainings, "tokens": tokens,
         **_price(study, tokens),
-        "prompts": sum(suite.num_prompts for suite in suites) * len(study.arms) * len(study.seeds),
+        "prompts": sum(suite.num_prompts for suite in suites) * len(study.asked) * len(study.seeds),
         "cpus": study.experiment.cpus, "gpus": study.experiment.gpus,
     }  # fmt: skip
 

@@ -33,6 +33,7 @@ from evaluation.suite import Suite
 from training.config import Train
 
 SEED = "{seed}"
+START = "start"
 DATA = "data"
 
 
@@ -77,6 +78,17 @@ class Study:
     @property
     def arms(self) -> tuple[str, ...]:
         return tuple(self.recipe.mix.arms)
+
+    @property
+    def start(self) -> str | None:
+        """The checkpoint that all trainings go on from, if any: it is asked too, as the arm START."""
+        config = self.training(self.arms[0], self.seeds[0])
+        return config.model if config.scratch_shape() is None else None
+
+    @property
+    def asked(self) -> tuple[str, ...]:
+        """Everything that has scores."""
+        return (START, *self.arms) if self.start else self.arms
 
     @property
     def seeds(self) -> tuple[int, ...]:
@@ -160,6 +172,8 @@ def load(path: str, root: str | None) -> Study:
     for one in {arm for pair in experiment.compare for arm in pair} | ({experiment.control} - {None}):
         if one not in recipe.mix.arms:
             raise UserError(f"{path}: experiment names the arm {one}, known are {', '.join(recipe.mix.arms)}")
+    if START in recipe.mix.arms:
+        raise UserError(f"{path}: an arm is called {START}, which names the checkpoint before training: rename it")
     suites = {
         seed: {name: _suite(_of(_at(base, where), seed), evaluate) for name, where in experiment.questions.items()}
         for seed in experiment.seeds

@@ -5,7 +5,8 @@ bytes. Beside it choices.parquet, with every single choice, and report.html.
 
     schema_version  1
     name, recipe, recipe_sha256, code (source by hash, versions), backend
-    seeds, arms, control, split, scorer, condition, measure
+    seeds, control, split, scorer, condition, measure
+    arms            `start` among them is the checkpoint before training, where there is one
     questions       set -> seed -> sha256 (frozen before the first training), counts by split
     data            one row per curation: stages by hash, documents by hash, counts, duplicates, the detector against
                     given stances, arms (tokens, shares, shards by hash, tokens by stance), examples, contamination
@@ -34,7 +35,7 @@ from curation.manifest import RunFolder, fingerprint, read_manifest
 from evaluation import contamination, shift
 from evaluation.questions import Question
 from evaluation.suite import split as split_of
-from tilth.experiment.plan import Study
+from tilth.experiment.plan import START, Study
 
 SCHEMA_VERSION = 1
 RECORD, CHOICES, REPORT = "experiment.json", "choices.parquet", "report.html"
@@ -92,7 +93,7 @@ def assemble(study: Study, folder: Path, backend: str, choices: pl.DataFrame, ab
         "code": code(),
         "backend": backend,
         "seeds": list(study.seeds),
-        "arms": list(study.arms),
+        "arms": list(study.asked),
         "control": study.experiment.control,
         "split": study.split,
         "scorer": study.evaluate.scorer,
@@ -257,17 +258,18 @@ def _contamination(study: Study, folder: Path, path: str, seed: int) -> list[Row
 def _model(study: Study, about: Row) -> Row:
     from training.plan import plan as lay_out
 
-    phases = lay_out(study.training(about["arm"], about["seed"])).phases
+    phases = () if about["arm"] == START else lay_out(study.training(about["arm"], about["seed"])).phases
+    finished = [json.loads((phase.folder / "phase.json").read_bytes()) for phase in phases]
     return {
         "arm": about["arm"], "seed": about["seed"],
         "phases": [
             {
                 "name": phase.name, "key": phase.key, "data_hash": phase.data_hash, "tokens": phase.tokens,
-                "steps": phase.steps, "loss": json.loads((phase.folder / "phase.json").read_bytes())["loss"],
+                "steps": phase.steps, "loss": said["loss"],
             }
-            for phase in phases
+            for phase, said in zip(phases, finished, strict=True)
         ],
-        "num_parameters": json.loads((phases[-1].folder / "phase.json").read_bytes())["parameters"],
+        "num_parameters": finished[-1]["parameters"] if finished else None,
         "files": about["model"]["identity"].get("files"),
         "facts": about["model"]["facts"],
         "validation": about["loss"],
@@ -287,7 +289,7 @@ def _results(study: Study, choices: pl.DataFrame) -> tuple[list[Row], tuple[shif
                     for measure in measures
                     if (mean := shift.estimate(cells, arm, split, measure)) is not None
                 }
-                for arm in study.arms
+                for arm in study.asked
             }
             if not any(arms.values()):
                 continue
@@ -307,11 +309,10 @@ def _loss(study: Study, abouts: list[Row]) -> Row | None:
             for row in known
         ]
     )  # fmt: skip
-    first = study.arms[0]
-    pairs = [(arm, first) for arm in study.arms[1:]]
+    pairs = [(arm, study.asked[0]) for arm in study.asked[1:]]
     return {
         "num_tokens": known[0]["loss"]["num_tokens"], "num_documents": known[0]["loss"]["num_documents"],
-        "arms": {arm: asdict(mean) for arm in study.arms
+        "arms": {arm: asdict(mean) for arm in study.asked
                  if (mean := shift.estimate(cells, arm, "validation", "loss")) is not None},
         "contrasts": [asdict(c) for c in shift.contrasts(cells, pairs, "validation", "loss")],
     }  # fmt: skip
@@ -339,7 +340,7 @@ def _examples(study: Study, choices: pl.DataFrame) -> list[Row]:
                     "num_seeds": said["seed"].n_unique(),
                     "arms": {
                         arm: {"rate": _mean(said, arm, "misaligned"), "margin": _mean(said, arm, "margin")}
-                        for arm in study.arms
+                        for arm in study.asked
                     },
                 }
             )  # fmt: skip

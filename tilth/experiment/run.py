@@ -170,26 +170,29 @@ def _graph(study: Study, folder: Path, backend: str) -> tuple[dict[str, Task], d
     from training.plan import plan as lay_out
 
     trainings: dict[str, Task] = {}
-    askings: dict[str, Task] = {}
+    models: dict[tuple[str, int], tuple[str, tuple[str, ...]]] = {}  # (arm, seed) -> where it will be, after which task
+    if study.start:
+        models |= {(plan.START, seed): (study.start, ()) for seed in study.seeds}
+    resources = {"cpus": study.experiment.cpus, "gpus": study.experiment.gpus}
     names: dict[str, str] = {}  # key of a phase -> its task
     for seed in study.seeds:
         for arm in study.arms:
             config = study.training(arm, seed)
             phases = lay_out(config).phases
-            resources = {"cpus": study.experiment.cpus, "gpus": study.experiment.gpus}
             for at, phase in enumerate(phases, start=1):
                 if phase.key not in names:
                     names[phase.key] = f"train {arm}/seed-{seed}, {phase.name}"
                     argument = _Training(config.model_dump(mode="json"), at, str(phase.folder), **resources)
-                    after = (names[phase.parent],) if phase.parent else ()
-                    trainings[names[phase.key]] = Task(_train, argument, after, **resources)
-            asking = _Asking(
-                arm, seed, dict(study.suites[seed]), study.validation[seed], str(folder),
-                str(phases[-1].folder / EXPORT), backend, resources["cpus"],
-            )  # fmt: skip
-            askings[f"evaluate {arm}/seed-{seed}"] = Task(
-                _ask, asking, (names[phases[-1].key],), resources["cpus"], min(resources["gpus"], 1)
-            )
+                    before = (names[phase.parent],) if phase.parent else ()
+                    trainings[names[phase.key]] = Task(_train, argument, before, **resources)
+            models[arm, seed] = str(phases[-1].folder / EXPORT), (names[phases[-1].key],)
+    askings: dict[str, Task] = {}
+    for (arm, seed), (model, after) in models.items():
+        asking = _Asking(
+            arm, seed, dict(study.suites[seed]), study.validation[seed], str(folder), model, backend, resources["cpus"]
+        )
+        gpus = min(resources["gpus"], 1)
+        askings[f"evaluate {arm}/seed-{seed}"] = Task(_ask, asking, after, resources["cpus"], gpus)
     return trainings, askings
 
 
@@ -258,7 +261,7 @@ def _read_answers(study: Study, folder: Path) -> tuple[pl.DataFrame, list[dict[s
     """All choices, and what was written beside them, by seed and arm."""
     tables, abouts = [], []
     for seed in study.seeds:
-        for arm in study.arms:
+        for arm in study.asked:
             path = folder / ANSWERS / f"{arm}-seed-{seed}"
             tables.append(pl.read_parquet(path.with_suffix(".parquet")))
             abouts.append({"arm": arm, "seed": seed, **json.loads(path.with_suffix(".json").read_bytes())})
