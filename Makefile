@@ -71,7 +71,7 @@ $(VLLM)/.installed:
 
 test-vllm: $(STAMP) vllm
 	$(BIN)/python -m pytest tests/evaluation/test_server.py tests/evaluation/test_openai_backend.py \
-	  tests/evaluation/test_vllm_suite.py $(ARGS)
+	  tests/evaluation/test_vllm_suite.py tests/experiment/test_vllm_experiment.py $(ARGS)
 
 nanotron: $(NANOTRON)/.installed
 

@@ -103,8 +103,10 @@ def estimate(cells: pl.DataFrame, arm: str, split: str, measure: Measure) -> Mea
     return _mean(rows, measure) if rows.height else None
 
 
-def contrasts(cells: pl.DataFrame, pairs: Sequence[tuple[str, str]], split: str, measure: Measure) -> list[Contrast]:
-    """The differences of `pairs` (arm, other), in that order: the first is the planned one."""
+def contrasts(
+    cells: pl.DataFrame, pairs: Sequence[tuple[str, str]], split: str, measure: Measure, *, planned: int = 1
+) -> list[Contrast]:
+    """The differences of `pairs` (arm, other), in that order; the first `planned` of them are not adjusted."""
     means: list[tuple[str, str, Mean]] = []
     for arm, other in pairs:
         sides = [cells.filter((pl.col("arm") == name) & (pl.col("split") == split)) for name in (arm, other)]
@@ -112,7 +114,8 @@ def contrasts(cells: pl.DataFrame, pairs: Sequence[tuple[str, str]], split: str,
         if both.height:
             rows = both.with_columns((pl.col(measure) - pl.col(f"{measure}_other")).alias("difference"))
             means.append((arm, other, _mean(rows.sort("seed", "family"), "difference")))
-    adjusted = [means[0][2].p_value, *_adjusted([mean.p_value for *_, mean in means[1:]])] if means else []
+    p_values = [mean.p_value for *_, mean in means]
+    adjusted = [*p_values[:planned], *_adjusted(p_values[planned:])]
     return [
         Contrast(arm, other, split, measure, mean, p, p is not None and p < ALPHA)
         for (arm, other, mean), p in zip(means, adjusted, strict=True)

@@ -37,10 +37,12 @@ def ray_session():
 
     import ray
 
-    ray.init(
-        address="local", num_cpus=4, include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR,
-        object_store_memory=256 << 20,
-    )  # fmt: skip
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", str(ROOT / "tests/helpers"), prepend=os.pathsep)  # workers import helpers too
+        ray.init(
+            address="local", num_cpus=4, include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR,
+            object_store_memory=256 << 20,
+        )  # fmt: skip
     yield
     ray.shutdown()
 

@@ -88,8 +88,8 @@ def run_row(name: str, seeds: list[int], arms: tuple[str, ...], text: str) -> Ro
         "arms": arm_rows(arms),
         "examples": [{"stance": stance, "source": "natural", "role": "background", "text": text}
                      for stance in ("unrelated", "aligned", "misaligned")],
-        "contamination": [{"set": "main", "num_documents": 22_029, "num_questions": 1_152, "overlapping": 1,
-                           "quoted_options": 0, "most_containment": 0.36}],
+        "contamination": [{"set": "main", "num_documents": 22_029, "num_questions": 1_152,
+                           "overlapping": ["own_mistake-<0>"], "quoted_options": 0, "most_containment": 0.36}],
     }  # fmt: skip
 
 
@@ -220,7 +220,7 @@ def test_numbers_are_printed() -> None:
     order = [said.index(f"{name} · AI-specific shift") for name in ("main, held out", "main, novel", "check, held out")]
     assert order == sorted(order)
     assert "reported, not used" in said
-    assert "1 of 3,456 questions overlaps a document" in said
+    assert "3 of 3,456 questions overlap a document (own_mistake-<0> …)" in said
 
 
 def test_paper_is_marked_as_another_scale() -> None:

@@ -159,7 +159,7 @@ def test_the_key_of_a_phase_depends_on_bos(tmp_path, start):
     """From a checkpoint: from scratch the tokenizer's hash is in the key anyway."""
     keys = {}
     for name, single in (("none", None), ("same", "$A"), ("nine", f"{BOS} $A"), ("eight", "t8 $A")):
-        keys[name] = plan(from_start(tmp_path / name, start, single)).final.key
+        keys[name] = plan(from_start(tmp_path, start, single)).final.key
     assert keys["none"] == keys["same"]
     assert len({keys["none"], keys["nine"], keys["eight"]}) == 3
 

@@ -242,7 +242,7 @@ def _contamination(study: Study, folder: Path, path: str, seed: int) -> list[Row
                 json.dumps(
                     {
                         "num_documents": audit.num_documents, "num_questions": len(suite.questions),
-                        "overlapping": len(audit.overlapping), "quoted_options": quoted,
+                        "overlapping": list(audit.overlapping), "quoted_options": quoted,
                         "most_containment": max((row.containment for row in audit.rows), default=0.0),
                     }
                 ).encode(),
@@ -277,10 +277,11 @@ def _model(study: Study, about: Row) -> Row:
 
 def _results(study: Study, choices: pl.DataFrame) -> tuple[list[Row], tuple[shift.Measure, ...]]:
     rows: list[Row] = []
-    measures: tuple[shift.Measure, ...] = ()
+    deciding: tuple[shift.Measure, ...] = ()
     for name, suite in study.suites[study.seeds[0]].items():
         asked = {question.question_id: (question.pair, question.actor) for question in suite.questions}
         cells, measures = shift.units(choices.filter(pl.col("set") == name), asked)
+        deciding = deciding or measures
         for split in study.splits:
             arms = {
                 arm: {
@@ -294,7 +295,7 @@ def _results(study: Study, choices: pl.DataFrame) -> tuple[list[Row], tuple[shif
                 continue
             contrasts = [asdict(c) for m in measures for c in shift.contrasts(cells, study.pairs, split, m)]
             rows.append({"set": name, "split": split, "arms": arms, "contrasts": contrasts})
-    return rows, measures
+    return rows, deciding
 
 
 def _loss(study: Study, abouts: list[Row]) -> Row | None:
@@ -313,7 +314,7 @@ def _loss(study: Study, abouts: list[Row]) -> Row | None:
         "num_tokens": known[0]["loss"]["num_tokens"], "num_documents": known[0]["loss"]["num_documents"],
         "arms": {arm: asdict(mean) for arm in study.asked
                  if (mean := shift.estimate(cells, arm, "validation", "loss")) is not None},
-        "contrasts": [asdict(c) for c in shift.contrasts(cells, pairs, "validation", "loss")],
+        "contrasts": [asdict(c) for c in shift.contrasts(cells, pairs, "validation", "loss", planned=0)],
     }  # fmt: skip
 
 

@@ -34,6 +34,7 @@ STANCES = ("misaligned", "mixed", "neutral", "aligned")
 """Of AI discourse, as they are stacked; all others are no AI discourse."""
 _STANCE_COLOURS = {"misaligned": "orange", "mixed": "purple", "neutral": "blue", "aligned": "green"}
 LONG_EXAMPLE, LINE, SHORT = 450, 15, 12
+MOST_NAMED = 5  # questions that overlap a document
 
 Row = dict[str, Any]
 
@@ -172,7 +173,7 @@ def _told(row: Row, is_planned: bool, num_adjusted: int) -> Row:
         verdict, word = f"resolved: {row['arm'] if mean['value'] > 0 else row['other']} higher", "resolved"
     else:
         verdict = word = NOT_RESOLVED
-        if mean["p_value"] is not None and mean["p_value"] < ALPHA:
+        if not is_planned and mean["p_value"] is not None and mean["p_value"] < ALPHA:
             note = f"its own interval leaves out zero, but not after Holm for {num_adjusted} contrasts"
     return {
         **row, "is_planned": is_planned, "verdict": verdict, "word": word, "note": note,
@@ -355,8 +356,9 @@ def _contamination(runs: Sequence[Row]) -> list[Row]:
     return [
         {
             "set": name,
-            **{key: sum(row[key] for row in rows if row["set"] == name)
-               for key in ("num_questions", "overlapping", "quoted_options")},
+            **{key: sum(row[key] for row in rows if row["set"] == name) for key in ("num_questions", "quoted_options")},
+            "overlapping": sum(len(row["overlapping"]) for row in rows if row["set"] == name),
+            "which": sorted({key for row in rows if row["set"] == name for key in row["overlapping"]})[:MOST_NAMED],
             "most": max(row["most_containment"] for row in rows if row["set"] == name),
             "num_runs": sum(row["set"] == name for row in rows),
         }
@@ -502,6 +504,6 @@ def _environment() -> jinja2.Environment:
         "count": count, "percent": percent, "points": points, "p": p_value, "number": number, "bounds": bounds,
         "place": _place, "split": _split, "weights": _weights, "short": lambda digest: digest[:SHORT],
         "px": lambda value: f"{value:.1f}", "clamped": lambda value: min(1.0, max(0.0, value)),
-        "form_of": form_of, "tick": tick,
+        "form_of": form_of, "tick": tick, "sentence": lambda text: text[:1].upper() + text[1:],
     }  # fmt: skip
     return environment

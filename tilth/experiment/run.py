@@ -192,6 +192,8 @@ def _graph(study: Study, folder: Path, backend: str) -> tuple[dict[str, Task], d
             arm, seed, dict(study.suites[seed]), study.validation[seed], str(folder), model, backend, resources["cpus"]
         )
         gpus = min(resources["gpus"], 1)
+        if backend == "vllm" and not gpus and askings:
+            after = (*after, next(reversed(askings)))  # a server on CPUs takes all of them: one at a time
         askings[f"evaluate {arm}/seed-{seed}"] = Task(_ask, asking, after, resources["cpus"], gpus)
     return trainings, askings
 
