@@ -57,10 +57,10 @@ class _Failure:
     """A TilthError on its way from a worker to the driver, where it is raised without Ray's traceback."""
 
     def __init__(self, error: TilthError):
-        self.kind, self.message = type(error).__name__, str(error)
+        self.module, self.kind, self.message = type(error).__module__, type(error).__name__, str(error)
 
     def raise_(self) -> None:
-        raise getattr(importlib.import_module("curation.errors"), self.kind)(self.message)
+        raise getattr(importlib.import_module(self.module), self.kind)(self.message)
 
 
 @dataclass(frozen=True)

@@ -77,12 +77,16 @@ def units(choices: pl.DataFrame, asked: Mapping[str, tuple[str, str]]) -> tuple[
 
     `choices`: rows of one scorer, as of `suite.choices`. `asked`: question_id -> (pair, actor); when no question is
     paired the measures are PLAIN, else PAIRED, and questions without a twin are left out."""
+    # Sorted before anything is summed: floating point sums depend on the order, and choices come in any.
     rows = choices.with_columns(
         pl.col("question_id").replace_strict({k: v[0] for k, v in asked.items()}).alias("pair"),
         pl.col("question_id").replace_strict({k: v[1] for k, v in asked.items()}).alias("actor"),
     )
     if not any(actor for _, actor in asked.values()):
-        found = rows.group_by(_UNIT).agg(pl.col("margin").mean(), pl.col("misaligned").mean().alias("rate"))
+        rows = rows.sort(*_UNIT, "question_id", *_FORMAT)
+        found = rows.group_by(_UNIT, maintain_order=True).agg(
+            pl.col("margin").mean(), pl.col("misaligned").mean().alias("rate")
+        )
         return found.sort(_UNIT), PLAIN
     keys = [*_UNIT, "pair", *_FORMAT]
     one, other = (
@@ -93,7 +97,6 @@ def units(choices: pl.DataFrame, asked: Mapping[str, tuple[str, str]]) -> tuple[
     )
     paired = one.join(other, on=keys, how="inner")
     paired = paired.with_columns((pl.col("margin_ai") - pl.col("margin_human")).alias("shift"))
-    # Sorted before it is summed: floating point sums depend on the order, and choices come in any.
     return paired.sort(keys).group_by(_UNIT, maintain_order=True).agg(pl.col(PAIRED).mean()).sort(_UNIT), PAIRED
 
 
@@ -114,8 +117,9 @@ def contrasts(
         if both.height:
             rows = both.with_columns((pl.col(measure) - pl.col(f"{measure}_other")).alias("difference"))
             means.append((arm, other, _mean(rows.sort("seed", "family"), "difference")))
-    p_values = [mean.p_value for *_, mean in means]
-    adjusted = [*p_values[:planned], *_adjusted(p_values[planned:])]
+    first = [pair in pairs[:planned] for pair in ((arm, other) for arm, other, _ in means)]
+    others = iter(_adjusted([mean.p_value for (*_, mean), alone in zip(means, first, strict=True) if not alone]))
+    adjusted = [mean.p_value if alone else next(others) for (*_, mean), alone in zip(means, first, strict=True)]
     return [
         Contrast(arm, other, split, measure, mean, p, p is not None and p < ALPHA)
         for (arm, other, mean), p in zip(means, adjusted, strict=True)

@@ -157,10 +157,11 @@ def export(plan: Plan, phase: PhasePlan, model: Any, weights: dict[str, Any], dt
     def write(folder: Path) -> None:
         config = type(model.config).from_dict(model.config.to_dict())
         config.architectures, config.dtype = [type(model).__name__], dtype
-        config.save_pretrained(folder)
-        save_torch_state_dict({name: w.to(dtype) for name, w in weights.items()}, folder, max_shard_size="5GB")
         end = plan.tokenizer
         bos_id, bos = (end.eos_id, end.eos) if end.bos_id is None else (end.bos_id, end.bos)
+        config.bos_token_id = bos_id
+        config.save_pretrained(folder)
+        save_torch_state_dict({name: w.to(dtype) for name, w in weights.items()}, folder, max_shard_size="5GB")
         ends = {"bos_token_id": bos_id, "eos_token_id": end.eos_id, "pad_token_id": end.eos_id}
         GenerationConfig(**ends).save_pretrained(folder)
         tokenizer = PreTrainedTokenizerFast(
@@ -169,7 +170,7 @@ def export(plan: Plan, phase: PhasePlan, model: Any, weights: dict[str, Any], dt
         )  # fmt: skip
         tokenizer.save_pretrained(folder)
         (folder / "README.md").write_text(card(plan, phase, "its lightweight trainer"))
-        for terms in _terms(plan.config.model):
+        for terms in _terms(plan.config.model) if plan.config.scratch_shape() is None else ():
             shutil.copyfile(terms, folder / terms.name)
 
     publish(phase.folder / EXPORT, write)

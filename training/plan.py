@@ -250,9 +250,8 @@ def read_tokenizer(path: Path, eos: str | None) -> Tokenizer:
     found = next(((name, at) for name in names if (at := fast.token_to_id(name)) is not None), None)
     if found is None:
         raise UserError(f"{path} has none of {', '.join(names)} as end of text: give the tokenizer of the shards")
-    bare = fast.encode("x", add_special_tokens=False).ids
-    whole = fast.encode("x").ids
-    bos_id = whole[0] if whole[1 : 1 + len(bare)] == bare else None
+    bare, whole = (fast.encode("x", add_special_tokens=special).ids for special in (False, True))
+    bos_id = whole[0] if bare and whole[: len(bare)] != bare and whole[1 : 1 + len(bare)] == bare else None
     bos = fast.id_to_token(bos_id) if bos_id is not None else None
     return Tokenizer(path, fast.get_vocab_size(), found[1], found[0], file_sha256(str(path)).sha256, bos_id, bos)
 

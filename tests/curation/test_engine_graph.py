@@ -87,9 +87,6 @@ def test_a_failure_is_raised_in_the_driver_as_it_was_in_the_task(engine, kind):
     assert "in _call" not in shown  # the worker's frame
 
 
-@pytest.mark.xfail(
-    strict=True, reason="engine._Failure looks for the class in curation.errors alone: AttributeError for BadQuestion"
-)
 def test_a_failure_of_another_packages_class_is_raised_as_it_was(engine):
     with pytest.raises(BadQuestion, match=r"^the question is empty$"):
         list(engine.graph({"bad": Task(graph_tasks.fail, (BadQuestion, "the question is empty", None))}))

@@ -19,7 +19,7 @@ Where `{seed}` stands in an input, each seed is curated on its own (with that se
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError
 
@@ -59,7 +59,7 @@ class Evaluate(_Section):
 
     wrappers: tuple[str, ...] | None = None  # default all four
     condition: str = "ai"
-    scorer: str = "letter"
+    scorer: Literal["letter", "option", "pmi"] = "letter"  # those that give log-odds
 
 
 @dataclass(frozen=True)

@@ -51,9 +51,9 @@ def experiment(
             told = curate(one, run, workers=workers, address=address, on_progress=on_progress, on_line=on_line)
             if told["exit_code"]:
                 raise UserError(
-                    f"{told['quarantined_total']:,} of {told['records_read']:,} records of {run} were quarantined, more "
-                    f"than max_quarantine_fraction {one.max_quarantine_fraction}: see `tilth curate`'s report there, and "
-                    "mend the input or raise the limit before anything is trained on it"
+                    f"{told['quarantined_total']:,} of {told['records_read']:,} records were quarantined in {run}, more "
+                    f"than max_quarantine_fraction {one.max_quarantine_fraction}: see report.html there, and mend the "
+                    "input or raise the limit before anything is trained on it"
                 )
         _freeze(study, folder, on_line)
         started = time.monotonic()
