@@ -4,10 +4,10 @@ import json
 
 import pytest
 import yaml
-from examples.world.generate import documents
 
 from curation.pipeline import curate
 from curation.recipe import Recipe
+from examples.world.generate import documents
 
 
 @pytest.mark.slow

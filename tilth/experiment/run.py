@@ -50,10 +50,10 @@ def experiment(
             on_line(f"curate -> {run}")
             told = curate(one, run, workers=workers, address=address, on_progress=on_progress, on_line=on_line)
             if told["exit_code"]:
+                share = f"{told['quarantined_total']:,} of {told['records_read']:,} records were quarantined in {run}"
                 raise UserError(
-                    f"{told['quarantined_total']:,} of {told['records_read']:,} records were quarantined in {run}, more "
-                    f"than max_quarantine_fraction {one.max_quarantine_fraction}: see report.html there, and mend the "
-                    "input or raise the limit before anything is trained on it"
+                    f"{share}, above max_quarantine_fraction {one.max_quarantine_fraction}: mend the input or raise "
+                    "the limit before anything is trained on it"
                 )
         _freeze(study, folder, on_line)
         started = time.monotonic()
