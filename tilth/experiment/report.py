@@ -159,10 +159,10 @@ def _control(found: Row, first: Row | None, measure: str) -> Row | None:
     return {"arm": arm, "mean": mean, "verdict": verdict}
 
 
-def _contrasts(result: Row, measure: str) -> list[Row]:
-    """Rows of one measure with their verdict; the first is the planned one."""
+def _contrasts(result: Row, measure: str, planned: int = 1) -> list[Row]:
+    """Rows of one measure with their verdict; the first `planned` are not adjusted."""
     mine = [row for row in result["contrasts"] if row["measure"] == measure]
-    return [_told(row, at == 0, len(mine) - 1) for at, row in enumerate(mine)]
+    return [_told(row, at < planned, len(mine) - planned) for at, row in enumerate(mine)]
 
 
 def _told(row: Row, is_planned: bool, num_adjusted: int) -> Row:
@@ -382,7 +382,7 @@ def _loss(found: Row) -> Row | None:
     loss = found["loss"]
     if loss is None:
         return None
-    rows = _contrasts(loss, "loss")
+    rows = _contrasts(loss, "loss", planned=0)
     by_arm = {row["arm"]: row for row in rows}
     return {
         **loss, "first": found["arms"][0], "reach": _reach(rows),
