@@ -167,7 +167,8 @@ class Engine:
 
     def graph(self, tasks: Mapping[str, Task]) -> Iterator[tuple[str, Any]]:
         """(name, result) of each task as it ends; a task starts when those before it have ended, and runs where its
-        CPUs and GPUs are free. The first failure is raised, and what still runs is cancelled."""
+        CPUs and GPUs are free. The first failure is raised, and what still runs is cancelled; a process that died
+        (killed, or for want of memory) is a TilthError."""
         if not tasks:
             return
         self.start()
@@ -186,7 +187,13 @@ class Engine:
                     running[call.remote(_pack((task.function, task.argument)))] = name
                 done, _ = ray.wait(list(running), num_returns=1)
                 name = running.pop(done[0])
-                result = pickle.loads(ray.get(done[0]))
+                try:
+                    result = pickle.loads(ray.get(done[0]))
+                except (ray.exceptions.WorkerCrashedError, ray.exceptions.OutOfMemoryError) as error:
+                    why = str(error).strip().splitlines()[0]
+                    raise TilthError(
+                        f"the process of {name} died ({why}): the same command goes on from there"
+                    ) from None
                 if isinstance(result, _Failure):
                     result.raise_()
                 ended.add(name)

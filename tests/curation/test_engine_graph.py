@@ -132,3 +132,9 @@ def test_no_tasks_start_no_ray(tmp_path, monkeypatch):
     assert list(engine.graph({})) == []
     with pytest.raises(AssertionError, match="Ray was started"):
         list(engine.graph({"one": Task(graph_tasks.square, 1)}))
+
+
+def test_a_process_that_was_killed_is_named_without_a_traceback(engine):
+    with pytest.raises(TilthError, match="the process of victim died") as caught:
+        list(engine.graph({"victim": Task(graph_tasks.die, None)}))
+    assert "\n" not in str(caught.value)
