@@ -232,7 +232,12 @@ def _contamination(study: Study, folder: Path, path: str, seed: int) -> list[Row
     stages = read_manifest(RunFolder(path))["stages"]
     rows = []
     for name, suite in study.suites[seed].items():
-        hashes = [study.question_hashes()[name][str(seed)], stages["ingest"]["chain"], stages["mix"]["chain"]]
+        hashes = [
+            SCHEMA_VERSION,
+            study.question_hashes()[name][str(seed)],
+            stages["ingest"]["chain"],
+            stages["mix"]["chain"],
+        ]
         place = folder / AUDITS / f"{fingerprint(hashes)[:16]}.json"
         if not place.exists():
             audit = contamination.audit(suite.questions, path)
