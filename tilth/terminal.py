@@ -246,12 +246,12 @@ def print_agreement(facts: dict[str, Any]) -> None:
         console.print(f"a class was missing in {left_out:.0%} of the draws of macro-F1's interval")
     console.print()
     if calibration := found["calibration"]:
-        bins = _table("confidence and what was right", ["confidence"], ["claimed", "right", "", "documents"])
+        bins = _table("confidence and what was right", ["confidence", ""], ["claimed", "right", "documents"])
         for row in calibration["bins"]:
             right = {"value": row["true"], "low": row["low"], "high": row["high"]}
             bins.add_row(
-                f"{row['first']:.2f} to {row['last']:.2f}", f"{row['predicted']:.2f}", _figure(right),
-                "█" * round(20 * row["true"]), f"{row['num_documents']:,}",
+                f"{row['first']:.2f} to {row['last']:.2f}", "█" * round(20 * row["true"]), f"{row['predicted']:.2f}",
+                _figure(right), f"{row['num_documents']:,}",
             )  # fmt: skip
         console.print(bins)
         console.print(
@@ -264,15 +264,17 @@ def print_agreement(facts: dict[str, Any]) -> None:
         console.print(f"prevalence cannot be corrected: {shares['reason']}", markup=False)
     else:
         table = _table(
-            f"prevalence among {shares['num_documents']:,} kept background documents, {shares['num_labelled']:,} of "
-            "them labelled", ["stance"], ["as labelled", "corrected"],
+            f"prevalence in {shares['num_documents']:,} documents", ["stance"], ["as labelled", "corrected"]
         )  # fmt: skip
         for row in [*shares["shares"], shares["discourse"]]:
             corrected = row["corrected"]
             bounds = ", ".join(f"{corrected[k]:.2%}" for k in ("low", "high"))
             table.add_row(row["name"], f"{row['predicted']:.2%}", f"{corrected['value']:.2%} [{bounds}]")
         console.print(table)
-        console.print("[dim]true if the labelled documents are a random sample of those with the same label[/]")
+        console.print(
+            f"kept background documents; corrected by {shares['num_labelled']:,} with a human label, as if drawn at "
+            "random from those with the same label"
+        )
     console.print()
     for row in facts["recall"]:
         told = row["reason"] or (
