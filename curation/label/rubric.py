@@ -212,11 +212,17 @@ class Rubric:
 
 
 def find_evidence(text: str, evidence: str) -> tuple[int, int] | None:
-    """Where in `text` the passage `evidence` first stands, any white space being equal; None where it does not, or
-    where it is too short to show anything (a text as short may be quoted whole)."""
+    """Where in `text` the passage `evidence` stands, any white space being equal; None where it does not, or where it
+    is too short to show anything (a text as short may be quoted whole)."""
     words = evidence.split()
     quoted = " ".join(words)
     if not words or (len(quoted) < _MIN_EVIDENCE and quoted != " ".join(text.split())):
+        return None
+    exact = evidence.strip()
+    at = text.find(exact)
+    if at >= 0:
+        return at, at + len(exact)
+    if quoted not in " ".join(text.split()):
         return None
     found = re.search(r"\s+".join(map(re.escape, words)), text)
     return found.span() if found else None

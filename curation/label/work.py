@@ -23,12 +23,12 @@ from collections import Counter, deque
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterable, Iterator
 from contextlib import aclosing
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, get_args
 
 from curation.errors import TilthError, UserError
-from curation.label.backend import FINAL_ERRORS, Backend, Failed, Messages, Reply, Request, Text, Usage
+from curation.label.backend import FINAL_ERRORS, Backend, CallError, Failed, Messages, Reply, Request, Text, Usage
 from curation.label.cache import Cache, Key, Keys
-from curation.label.rubric import Failure, Label, Rubric
+from curation.label.rubric import Failure, FailureClass, Label, Rubric
 from curation.label.windows import Span, choose, combine
 
 _AHEAD = 64  # requests ready for the backend
@@ -36,6 +36,9 @@ _WAITING = 1024  # keys that another run asks; more are asked twice rather than 
 _LOOK_S = 0.1  # between looks for the other run's answers
 _REFUSALS = 20  # requests refused without any answer before: the request is wrong, not the documents
 _CHARACTERS_PER_TOKEN = 3.0
+REASONS: tuple[str, ...] = (*get_args(FailureClass), *get_args(CallError))
+"""Of RejectRow."""
+_HANDFUL, _HANDFUL_S = 64, 0.1
 
 
 @dataclass(frozen=True)
@@ -110,6 +113,19 @@ class Counts:
         }  # fmt: skip
 
 
+@dataclass(frozen=True)
+class Plan:
+    """Of a run before it starts. Tokens and price are bounds by the rule under Budget, second asks not counted."""
+
+    documents: int
+    windows: int
+    requests: int
+    """Windows that the cache does not hold."""
+    input_tokens: int
+    output_tokens: int
+    usd: float
+
+
 class _Document:
     """One that has windows without an outcome."""
 
@@ -148,11 +164,12 @@ class Labeller:
 
     def __init__(
         self, backend: Backend, rubric: Rubric, cache: Cache, *, limits: Limits | None = None, payer: str = "",
-        explain: Callable[[str], Iterable[Span]] | None = None,
+        explain: Callable[[str], Iterable[Span]] | None = None, on_line: Callable[[str], None] | None = None,
     ):  # fmt: skip
         self._backend, self._rubric, self._cache = backend, rubric, cache
         self._limits, self._payer = limits or Limits(), payer
         self._explain = explain or (lambda _: ())
+        self._say = on_line or (lambda _: None)
         self._keys = Keys(
             identity=backend.identity, schema_sha256=rubric.schema_sha256, sampling=backend.sampling
         )  # fmt: skip
@@ -169,11 +186,28 @@ class Labeller:
         self._refused: list[Key] | None = []
         """Until the first answer."""
 
+    def plan(self, documents: Iterable[tuple[str, str]]) -> Plan:
+        """What `rows` of the same documents would do, without a request."""
+        found, usage = Counter[str](), Usage()
+        for number, (identity, text) in enumerate(documents):
+            if self._limits.max_documents is not None and number >= self._limits.max_documents:
+                break
+            document = _Document(identity, self._windows(text))
+            asks = [
+                ask
+                for window, part in enumerate(document.windows)
+                if self._cache.get((ask := self._first(document, window, part)).key) is None
+            ]
+            found.update(documents=1, windows=len(document.windows), requests=len(asks))
+            usage = Usage(*map(sum, zip(usage, *map(self._tokens, asks), strict=True)))
+        return Plan(found["documents"], found["windows"], found["requests"], *usage, self._limits.price(usage))
+
     async def rows(self, documents: Iterable[tuple[str, str]]) -> AsyncGenerator[LabelRow | RejectRow, None]:
         """The outcome of each (id, text), as they come; none for those not reached."""
         source = self._bounded(documents)
         document = next(source, None)
         asks = self._known(document) if document else []
+        told = False
         while document or self._waiting:
             sent = self.counts.requests
             async with aclosing(_Round(self._backend, self._keep)) as going:
@@ -205,7 +239,11 @@ class Labeller:
             if self._asked:
                 raise TilthError(f"the label backend ended with {len(self._asked)} requests unanswered")
             if self._waiting and self.counts.requests == sent:
+                if not told:
+                    told = True
+                    self._say(f"waiting for {len(self._waiting)} answers that another run is asking for")
                 await asyncio.sleep(_LOOK_S)
+        self._forget_refused()
 
     # From a document to requests.
 
@@ -217,20 +255,25 @@ class Labeller:
                 self.counts.not_reached += 1
                 self.counts.stopped = self.counts.stopped or "max_documents"
                 continue
-            size = self._limits.window_characters
-            spans = list(self._explain(text)) if len(text) > size else []
-            cut = choose(text, spans, characters=size, at_most=self._limits.max_windows)
-            yield _Document(identity, [text[a:b] for a, b in cut])
+            yield _Document(identity, self._windows(text))
+
+    def _windows(self, text: str) -> list[str]:
+        size = self._limits.window_characters
+        spans = list(self._explain(text)) if len(text) > size else []
+        return [text[a:b] for a, b in choose(text, spans, characters=size, at_most=self._limits.max_windows)]
 
     def _known(self, document: _Document) -> list[_Ask]:
         """Takes what the cache has; the requests that are still to be made."""
         asks = []
         for window, text in enumerate(document.windows):
             if document.outcomes[window] is None:
-                ask = self._resolve(_Ask(document, window, self._keys.key(text, self._rubric.sha256)))
+                ask = self._resolve(self._first(document, window, text))
                 if ask:
                     asks.append(ask)
         return asks
+
+    def _first(self, document: _Document, window: int, text: str) -> _Ask:
+        return _Ask(document, window, self._keys.key(text, self._rubric.sha256))
 
     def _resolve(self, ask: _Ask) -> _Ask | None:
         """Follows `ask` through the cache: None when that gave its window an outcome, else what is still to ask."""
@@ -239,6 +282,8 @@ class Labeller:
             if row is None:
                 return ask
             self.counts.cached += 1
+            if isinstance(row.result, Text):
+                self._refused = None
             again = self._take(ask, row.result)
             if again is None:
                 return None
@@ -356,18 +401,26 @@ class Labeller:
         elif result.error == "bad_request":
             self._refused.append(ask.key)
             if len(self._refused) >= _REFUSALS:
-                for key in self._refused:
-                    self._cache.forget(key=key)
+                self._forget_refused()
                 raise UserError(
-                    f"the label server refused the first {len(self._refused)} requests ({result.detail}): correct the "
-                    "label section of the recipe"
+                    f"the label server refused the first {_REFUSALS} requests ({result.detail}): correct the label "
+                    "section of the recipe"
                 )
+
+    def _forget_refused(self) -> None:
+        """When nothing was ever answered, what was wrong may be mended on the server's side."""
+        for key in self._refused or ():
+            self._cache.forget(key=key)
+        self._refused = None
 
     # Money.
 
-    def _estimate(self, ask: _Ask) -> float:
+    def _tokens(self, ask: _Ask) -> Usage:
         characters = self._prompt_characters + len(ask.text) + 2 * len(ask.raw or "")
-        return self._limits.price(Usage(int(characters / _CHARACTERS_PER_TOKEN), self._max_tokens))
+        return Usage(int(characters / _CHARACTERS_PER_TOKEN), self._max_tokens)
+
+    def _estimate(self, ask: _Ask) -> float:
+        return self._limits.price(self._tokens(ask))
 
     def _affordable(self, asks: list[_Ask]) -> bool:
         budget = self._limits.budget_usd
@@ -466,17 +519,21 @@ class _Round:
 
 
 def iterate(rows: AsyncGenerator[Any, None]) -> Iterator[Any]:
-    """An async generator as a plain one, on a loop of its own; the loop stands still while the caller works."""
+    """An async generator as a plain one, on a loop of its own; the loop stands still while the caller works. Rows
+    come in handfuls, since to start and stop the loop costs more than a cached row."""
     with asyncio.Runner() as runner:
 
-        async def step() -> Any:
-            return await anext(rows, _END)
+        async def step() -> list[Any]:
+            found: list[Any] = []
+            until = time.monotonic() + _HANDFUL_S
+            async for row in rows:
+                found.append(row)
+                if len(found) == _HANDFUL or time.monotonic() > until:
+                    break
+            return found
 
         try:
-            while (row := runner.run(step())) is not _END:
-                yield row
+            while found := runner.run(step()):
+                yield from found
         finally:
             runner.run(rows.aclose())
-
-
-_END = object()

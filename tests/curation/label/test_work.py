@@ -204,6 +204,18 @@ def test_a_server_that_refuses_everything_ends_the_run_and_leaves_nothing_behind
     assert cache.counts() == {"answers": 0}
 
 
+def test_refusals_without_any_answer_are_not_kept_but_one_among_answers_is(cache):
+    refused = Backend(lambda text, again: Failed("bad_request", "400: no response_format here"))
+    assert outcome(run(Labeller(refused, RUBRIC, cache), corpus(3))["id2"]) == "bad_request"
+    assert cache.counts() == {"answers": 0}
+    some = Backend(lambda text, again: Failed("bad_request", "too long") if "3" in text else Text(*answer(text)))
+    run(Labeller(some, RUBRIC, cache), corpus(30))
+    asked = len(some.asked)
+    assert cache.counts() == {"answers": 27, "bad_request": 3}
+    assert outcome(run(Labeller(some, RUBRIC, cache), corpus(30))["id13"]) == "bad_request"
+    assert len(some.asked) == asked == 30
+
+
 def test_a_backend_that_ends_early_is_named(cache):
     class Short(Backend):
         async def label(self, rows):
@@ -278,6 +290,18 @@ def test_a_budget_is_kept_and_a_higher_one_goes_on(cache, whole_input):
     assert len(rows3) == 100
     assert labeller.counts.stopped is None
     assert len(more.asked) == 100 - len(rows)
+
+
+def test_the_plan_says_what_will_be_asked(cache):
+    limits = Limits(max_documents=30, input_usd=1.0, output_usd=10.0)
+    backend = Backend()
+    run(Labeller(backend, RUBRIC, cache), corpus(10))
+    plan = Labeller(backend, RUBRIC, cache, limits=limits).plan(corpus(50))
+    assert (plan.documents, plan.windows, plan.requests, plan.output_tokens) == (30, 30, 20, 2000)
+    characters = sum(len(message["content"]) for message in RUBRIC.messages(corpus(1)[0][1]))
+    assert plan.input_tokens == pytest.approx(20 * characters / 3, rel=0.01)
+    assert plan.usd == pytest.approx((plan.input_tokens + 10 * 2000) / 1e6)
+    assert len(backend.asked) == 10
 
 
 # ---- kills, and several at once
