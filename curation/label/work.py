@@ -10,10 +10,10 @@ Memory holds the documents in flight: as many as the backend holds rows, and 64 
 rounds, since a backend may want the end of its input before it answers (backend.py): what turns up after a round's
 input has ended (a second ask, a key that another run was asking) goes into the next.
 
-**Budget.** Before a document is asked, its requests are set aside at a third of a token a character and max_tokens
-each. When that no longer fits beside what this run (`payer`) ever spent, what is in flight is awaited; if it still
-does not fit, the run asks no more, and documents that the cache does not hold whole are not reached. Tokens of
-failed tries, which servers don't report, are not counted.
+**Budget.** Before a document is asked, the price of its requests is set aside: max_tokens each, and as many tokens
+a character as the answers so far had, a third before there are any. When that no longer fits beside what this run
+(`payer`) ever spent, what is in flight is awaited; if it still does not fit, the run asks no more, and documents that
+the cache does not hold whole are not reached. Tokens of failed tries, which servers don't report, are not counted.
 """
 
 import asyncio
@@ -115,7 +115,7 @@ class Counts:
 
 @dataclass(frozen=True)
 class Plan:
-    """Of a run before it starts. Tokens and price are bounds by the rule under Budget, second asks not counted."""
+    """Of a run before it starts. Tokens and price as set aside under Budget; second asks are not counted."""
 
     documents: int
     windows: int
@@ -144,6 +144,8 @@ class _Ask:
     document: _Document
     window: int
     key: Key
+    set_aside: float = 0.0
+    """USD, while it is with the backend."""
     raw: str | None = None
     """The answer whose quote was not found, when it is asked again."""
 
@@ -178,6 +180,8 @@ class Labeller:
         self._prompt_characters = sum(len(message["content"]) for message in rubric.messages(""))
         self._before = self._limits.price(cache.spent(payer)) if payer else 0.0
         self._set_aside = 0.0
+        self._tokens_per_character = 1 / _CHARACTERS_PER_TOKEN
+        self._characters_answered = 0
         self._asked: dict[str, _Ask] = {}
         """With the backend, by name."""
         self._waiting: list[_Ask] = []
@@ -299,7 +303,7 @@ class Labeller:
             if isinstance(outcome, Failure) and outcome.reason == "evidence_missing" and ask.raw is None:
                 self.counts.reasked += 1
                 prompt = hashlib.sha256(f"{self._rubric.sha256} again {result.text}".encode()).hexdigest()
-                return _Ask(ask.document, ask.window, self._keys.key(ask.text, prompt), result.text)
+                return _Ask(ask.document, ask.window, self._keys.key(ask.text, prompt), raw=result.text)
         ask.document.outcomes[ask.window] = outcome
         return None
 
@@ -315,7 +319,8 @@ class Labeller:
 
     def _send(self, ask: _Ask, going: "_Round") -> None:
         self._asked[ask.name] = ask
-        self._set_aside += self._estimate(ask)
+        ask.set_aside = self._estimate(ask)
+        self._set_aside += ask.set_aside
         going.add(Request(ask.name, self._messages(ask)))
 
     # From replies to rows.
@@ -328,7 +333,7 @@ class Labeller:
 
     def _replied(self, reply: Reply, going: "_Round") -> Iterator[LabelRow | RejectRow]:
         ask = self._asked.pop(reply.key)
-        self._set_aside -= self._estimate(ask)
+        self._set_aside -= ask.set_aside
         yield from self._settle(ask, self._take(ask, reply.result), going)
 
     def _keep(self, reply: Reply) -> None:
@@ -337,6 +342,9 @@ class Labeller:
         counts.requests += 1
         counts.usage = Usage(*map(sum, zip(counts.usage, reply.usage, strict=True)))
         counts.usd = self._limits.price(counts.usage)
+        if reply.usage.input_tokens:
+            self._characters_answered += self._characters(ask)
+            self._tokens_per_character = counts.usage.input_tokens / self._characters_answered
         if isinstance(reply.result, Text) or reply.result.error in FINAL_ERRORS:
             self._cache.put(self._keys, ask.key, reply.result, reply.usage, self._payer)
         else:
@@ -416,8 +424,10 @@ class Labeller:
     # Money.
 
     def _tokens(self, ask: _Ask) -> Usage:
-        characters = self._prompt_characters + len(ask.text) + 2 * len(ask.raw or "")
-        return Usage(int(characters / _CHARACTERS_PER_TOKEN), self._max_tokens)
+        return Usage(int(self._characters(ask) * self._tokens_per_character), self._max_tokens)
+
+    def _characters(self, ask: _Ask) -> int:
+        return self._prompt_characters + len(ask.text) + 2 * len(ask.raw or "")
 
     def _estimate(self, ask: _Ask) -> float:
         return self._limits.price(self._tokens(ask))

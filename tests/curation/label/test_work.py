@@ -292,6 +292,21 @@ def test_a_budget_is_kept_and_a_higher_one_goes_on(cache, whole_input):
     assert len(more.asked) == 100 - len(rows)
 
 
+def test_a_budget_holds_with_a_tokenizer_that_makes_more_tokens_than_expected(cache):
+    # 20,000 tokens for some 9,000 characters: 0.02 USD a request.
+    class Costly(Backend):
+        def reply(self, request):
+            return super().reply(request)._replace(usage=Usage(20_000, 100))
+
+    limits = Limits(budget_usd=1.0, input_usd=1.0)
+    labeller = Labeller(Costly(whole_input=True), RUBRIC, cache, limits=limits, payer="run")
+    run(labeller, corpus(60))
+    assert labeller.counts.usd <= 1.0 + 0.02 * 60
+    labeller = Labeller(Costly(), RUBRIC, cache, limits=Limits(budget_usd=3.0, input_usd=1.0), payer="run")
+    run(labeller, corpus(1000))
+    assert 2.9 < Usage(*cache.spent("run")).input_tokens / 1e6 <= 3.0 + 0.02
+
+
 def test_the_plan_says_what_will_be_asked(cache):
     limits = Limits(max_documents=30, input_usd=1.0, output_usd=10.0)
     backend = Backend()
@@ -343,6 +358,7 @@ def test_a_run_killed_again_and_again_repeats_no_finished_call_and_ends_with_the
             until = before + draw.randint(20, 60)
             while server.answered.total() < until and running.poll() is None:
                 time.sleep(0.002)
+            time.sleep(draw.uniform(0, 0.03))
             running.send_signal(signal.SIGKILL)
             running.wait()
             kills += 1
@@ -355,7 +371,10 @@ def test_a_run_killed_again_and_again_repeats_no_finished_call_and_ends_with_the
         assert set(server.calls) == set(calls), "the same requests"
         repeated = server.calls.total() - len(server.calls)
         assert repeated <= 16 * kills, "only what was on its way at a kill came twice: 8 sent, 8 in the client's hands"
-        print(f"{kills} kills, {repeated} of {len(server.calls)} requests came twice (in flight at a kill)")
+        unread = sum(count - 1 for count in server.answered.values())
+        print(
+            f"{kills} kills, {len(server.calls)} requests, {repeated} sent twice, {unread} of them answered but unread"
+        )
     rows, counts = json.loads((tmp_path / "killed.json").read_text())
     assert rows == json.loads((tmp_path / "whole.json").read_text())[0]
     assert counts["documents"] == counts["labelled"] + counts["quarantined"] == 500
