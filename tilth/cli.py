@@ -18,8 +18,10 @@ from curation.errors import TilthError, UserError
 # Plain tracebacks for what Tilth cannot name: typer's show values, and those may be documents.
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 detect_app = typer.Typer(no_args_is_help=True, help="Train the discourse detector, or run it on documents.")
+label_app = typer.Typer(no_args_is_help=True, help="How good the labels of a run are.")
 tokenizer_app = typer.Typer(no_args_is_help=True, help="Train a tokenizer.")
 app.add_typer(detect_app, name="detect")
+app.add_typer(label_app, name="label")
 app.add_typer(tokenizer_app, name="tokenizer")
 
 
@@ -375,6 +377,22 @@ def detect_predict(
         f"blocklist, {counts['rejects']:,} unreadable records left out -> {output}"
     )
     _print_json(counts, as_json)
+
+
+@label_app.command("agreement")
+def label_agreement(
+    run: Annotated[str, typer.Argument(help="A run folder.")],
+    human: Annotated[str, typer.Argument(help="JSON lines with `id` (or source_id) and `stance`, one a document.")],
+    as_json: Annotated[bool, typer.Option("--json", help="End with all figures as one JSON line.")] = False,
+) -> None:
+    """The labels of a run against human ones: confusion, kappa, calibration, prevalence, recall; with intervals."""
+    from curation import open_run
+    from curation.inspection.human import agreement_facts
+    from tilth.terminal import print_agreement
+
+    facts = agreement_facts(open_run(run), human)
+    print_agreement(facts)
+    _print_json(facts, as_json)
 
 
 @tokenizer_app.command("train")

@@ -30,6 +30,8 @@ from curation.schema import (
 )
 
 if TYPE_CHECKING:
+    from curation.inspection.agreement import Agreement
+    from curation.inspection.prevalence import Prevalence, Recall
     from curation.inspection.why import Why
 
 # The detector's evidence in a text: (start_char, end_char, contribution), any order.
@@ -130,6 +132,33 @@ class Run:
         from curation.inspection.why import look_up
 
         return look_up(self, key)
+
+    def agreement(self, human: str | Path) -> "Agreement":
+        """The run's labels against human ones: JSON lines with `id` (or source_id) and `stance` (`human.py`).
+        Raises UserError when the file is wrong or none of its labels belongs to a document here."""
+        from curation.inspection.human import run_agreement
+
+        return run_agreement(self, str(human))
+
+    def prevalence(self, human: str | Path | None = None) -> "Prevalence":
+        """The share of each stance among the background documents that dedup kept: as labelled and, with human labels
+        of a random sample (rates may differ by label and by side of the threshold), corrected with intervals."""
+        from curation.inspection.human import run_prevalence
+
+        return run_prevalence(self, None if human is None else str(human))
+
+    def recall_lost(self, human: str | Path) -> tuple["Recall", ...]:
+        """The share of the true AI discourse that passes the detector, and dedup, with intervals."""
+        from curation.inspection.human import run_recall
+
+        return run_recall(self, str(human))
+
+    def disagreements(self, human: str | Path) -> pl.DataFrame:
+        """Documents whose label is not the human one, the most confident first: id, source_id, text (its beginning),
+        truth, label, probability (of the label; null where the stance was given)."""
+        from curation.inspection.human import disagreements
+
+        return disagreements(self, str(human))
 
     @cached_property
     def explain(self) -> Explain | None:
