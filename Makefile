@@ -20,7 +20,7 @@ $(STAMP): pyproject.toml constraints.txt
 	touch $@
 
 demo: $(STAMP)
-	$(BIN)/python -m examples.world.generate runs/world --seeds 0 1 2 3
+	$(BIN)/python -m examples.world.generate runs/world --seeds 0 1 2 3 --per-family 8
 	$(BIN)/tilth experiment runs/world/recipe.yaml --output runs/demo
 
 test: $(STAMP)

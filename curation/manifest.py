@@ -22,7 +22,8 @@ from curation import storage
 from curation.errors import RunLocked, TilthError, UserError
 from curation.schema import SCHEMA_VERSION
 
-DOCUMENTS, DETECT, DEDUP, TOKENS, ARMS = "10_documents", "20_detect", "30_dedup", "50_tokens", "60_arms"
+DOCUMENTS, DETECT, DEDUP, LABELS = "10_documents", "20_detect", "30_dedup", "40_labels"
+TOKENS, ARMS = "50_tokens", "60_arms"
 SIGNATURES = f"{DEDUP}/signatures"
 QUARANTINE = "quarantine"
 

@@ -17,11 +17,13 @@ import numpy as np
 from curation import dedup, detect, ingest, steps, storage, tokenise
 from curation.detect.fasttext import Detector
 from curation.engine import Engine, session
+from curation.label import stage as label
 from curation.manifest import (
     ARMS,
     DEDUP,
     DETECT,
     DOCUMENTS,
+    LABELS,
     SIGNATURES,
     TOKENS,
     Part,
@@ -101,6 +103,7 @@ def curate(
         run.event("curate", recipe=recipe.name, tilth=__version__)
         names = _read_and_sign(run, splits, detect_fingerprint)
         _dedup(run, names)
+        _label(run, names, on_line or (lambda _: None))
         spec = _tokenise(run, names, spec)
         _mix(run, spec)
         if on_line:
@@ -159,6 +162,19 @@ def _dedup(run: _Run, names: list[str]) -> None:
         run.record("dedup", [*_parts(run.folder, DEDUP, names), *([rejects] if rejects else [])])
 
 
+def _label(run: _Run, names: list[str], on_line: Callable[[str], None]) -> None:
+    """What a language model says of what the detector found, where the recipe names one."""
+    if run.recipe.label is None:
+        storage.remove(run.folder.path(LABELS))
+        return
+    parents = [part["chain"] for stage in ("ingest", "detect", "dedup") for part in run.stages[stage]["parts"]]
+    work = steps.label_work(run.recipe, run.folder, names, parents)
+    with run.stage("label"):
+        parts, counts = label.label(work, on_line, lambda done, total: run.engine.on_progress("label", done, total))
+        run.event("labels", **counts)
+        run.record("label", parts)
+
+
 def _tokenise(run: _Run, names: list[str], spec: TokenizerSpec) -> TokenizerSpec:
     """Token ids of every representative. Returns the spec with the encoder that was chosen."""
     folder = run.folder
@@ -201,7 +217,8 @@ def _mix(run: _Run, spec: TokenizerSpec) -> None:
         "shard_tokens": tokens,
         "tokenizer": spec.name,
     }
-    parents = [part["files"] for stage in ("detect", "dedup", "tokenise") for part in run.stages[stage]["parts"]]
+    before = [stage for stage in ("detect", "dedup", "label", "tokenise") if stage in run.stages]
+    parents = [part["files"] for stage in before for part in run.stages[stage]["parts"]]
     chain = steps.mix_chain(section, [fingerprint(parents)])
     with run.stage("mix"):
         done = folder.current(ARMS, "plan", chain)
@@ -209,7 +226,7 @@ def _mix(run: _Run, spec: TokenizerSpec) -> None:
             run.record("mix", [done, *(_part(folder, place, name) for place, name in done.about["shards"])])
             return
         sizes = {part["name"]: part["counts"]["documents"] for part in run.stages["ingest"]["parts"]}
-        batches = arms.batches(folder, sizes, recipe.seed)
+        batches = arms.batches(folder, sizes, recipe.seed, recipe.label is not None)
         for _ in run.engine.map(arms.gather, batches, "gather"):
             pass
         plan = arms.make_plan(recipe.mix, arms.MappedSupply(batches, run.engine.map))

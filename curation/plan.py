@@ -10,12 +10,13 @@ from typing import Any
 
 from curation import detect, ingest, storage, tokenise
 from curation.errors import UserError
+from curation.label import stage as label
 from curation.manifest import ARMS, DEDUP, DETECT, DOCUMENTS, SIGNATURES, TOKENS, RunFolder
 from curation.mix.budget import too_small_pool
 from curation.mix.policy import drop_rules, share_asked, upsamples
 from curation.recipe import Recipe
 from curation.schema import POOL
-from curation.steps import Chains, split_parts
+from curation.steps import Chains, label_work, split_parts
 from curation.tokenise.tokenizer import Encoder
 
 
@@ -31,6 +32,7 @@ def plan(recipe: Recipe, root: str) -> dict[str, Any]:
         "run": root,
         "inputs": _inputs(recipe, splits),
         "stages": _stages(run, recipe, splits, detect_fingerprint),
+        "label": _label(run, recipe),
         "arms": [
             {
                 "arm": arm,
@@ -44,6 +46,18 @@ def plan(recipe: Recipe, root: str) -> dict[str, Any]:
             for name, phase in recipe.mix.phases.items()
         ],
     }
+
+
+def _label(run: RunFolder, recipe: Recipe) -> str | None:
+    """What labelling would cost, in words; None without a label section."""
+    if recipe.label is None:
+        return None
+    names = [part.name for part in run.parts(DEDUP)]
+    documents = {part.name for part in run.parts(DOCUMENTS)}
+    names = [name for name in names if name in documents]
+    if not names:
+        return "label: how many documents is known when detect and dedup have run"
+    return label.told_in_words(label.plan(label_work(recipe, run, names, [])), recipe.label)
 
 
 def _inputs(recipe: Recipe, splits: list[ingest.Split]) -> list[dict[str, Any]]:

@@ -77,6 +77,32 @@ class Dedup(Section):
         return keep
 
 
+class Label(Section):
+    """The language model that reads what the detector found. Prices are USD per million tokens."""
+
+    backend: Literal["openai"] = "openai"
+    base_url: str | Annotated[tuple[str, ...], Field(min_length=1)]  # of OpenAI-compatible servers, vLLM first
+    model: str
+    revision: str = ""  # of the model; default what the server says
+    rubric: str = "discourse_v1"  # or a file
+    audit: Annotated[int, Field(ge=0)] = 500  # documents below the threshold that are read too
+    concurrency: Annotated[int, Field(ge=1)] = 64
+    window_characters: Annotated[int, Field(ge=200)] = 6_000
+    max_windows: Annotated[int, Field(ge=1)] = 3
+    max_documents: Annotated[int, Field(ge=1)] | None = None
+    budget_usd: Annotated[float, Field(gt=0)] | None = None
+    input_usd: Annotated[float, Field(ge=0)] = 0.0
+    output_usd: Annotated[float, Field(ge=0)] = 0.0
+    gpu_tokens_per_second: Annotated[float, Field(ge=0)] = 0.0  # of one GPU, for the plan's GPU-hours
+    cache: str = "~/.cache/tilth/labels"  # shared by all runs
+
+    @model_validator(mode="after")
+    def _priced(self) -> "Label":
+        if self.budget_usd is not None and not (self.input_usd or self.output_usd):
+            raise ValueError("`budget_usd` needs `input_usd` and `output_usd`, prices per million tokens")
+        return self
+
+
 class Drop(Section):
     rule: Literal["discourse", "blocklist"]
     phases: tuple[str, ...] | None = None  # all phases
@@ -164,6 +190,7 @@ class Recipe(Section):
     ingest: Ingest = Ingest()
     detect: Detect = Detect()
     dedup: Dedup = Dedup()
+    label: Label | None = None  # without it the student's stance stands
     mix: Mix
     tokenise: Tokenise
     # Owned and validated by the packages that read them.

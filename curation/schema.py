@@ -98,6 +98,21 @@ SIGNATURE = pa.schema(
     ]
 )
 
+LLM_LABEL = pa.schema(
+    [
+        _field("id", pa.string(), "document id"),
+        _field("asked", pa.bool_(), "a language model was to read it"),
+        _field("audit", pa.bool_(), "because it was drawn from the documents below the detector's threshold"),
+        _field("llm_stance", pa.string(), "one of STANCES; null where there is no label", nullable=True),
+        _field("confidence", pa.string(), "low | medium | high", nullable=True),
+        _field("actor", pa.string(), "who acts, by the rubric", nullable=True),
+        _field("evidence", pa.string(), "a passage as it stands in the document", nullable=True),
+        _field("num_windows", pa.int32(), "windows that were read", nullable=True),
+        _field("error", pa.string(), "class of what went wrong; null where nothing did", nullable=True),
+        _field("detail", pa.string(), "the error for a person", nullable=True),
+    ]
+)
+
 CLUSTER = pa.schema(
     [
         _field("id", pa.string(), "document id"),
@@ -129,13 +144,14 @@ PROVENANCE = pa.schema(
 )
 
 
-def stance_expression() -> "pl.Expr":
-    """Effective stance from the columns `given_stance` and `p_*`, null when there is none: given by the input,
-    else the student's class when its probability is at least STUDENT_P."""
+def stance_expression(*, labelled: bool = False) -> "pl.Expr":
+    """Effective stance from the columns `given_stance`, `llm_stance` when `labelled`, and `p_*`, null when there is
+    none: given by the input, else the language model's, else the student's class when its probability is at least
+    STUDENT_P."""
     import polars as pl
 
     student = [pl.when(pl.col(f"p_{s}") >= STUDENT_P).then(pl.lit(s)) for s in STANCES]
-    return pl.coalesce("given_stance", *student).cast(pl.String)
+    return pl.coalesce("given_stance", *(["llm_stance"] if labelled else []), *student).cast(pl.String)
 
 
 def discourse_expression(stance: str) -> "pl.Expr":
@@ -146,18 +162,22 @@ def discourse_expression(stance: str) -> "pl.Expr":
     return pl.coalesce(pl.col(stance) != "unrelated", "discourse")
 
 
-def effective_stance(documents: pa.Table, labels: pa.Table) -> pa.ChunkedArray:
-    """`stance_expression` of row-aligned tables; only `given_stance` and `p_*` are read."""
+def effective_stance(documents: pa.Table, labels: pa.Table, read: pa.Table | None = None) -> pa.ChunkedArray:
+    """`stance_expression` of row-aligned tables; only `given_stance`, `p_*` and of `read` (LLM_LABEL) `llm_stance` are
+    used."""
     import polars as pl
 
     names = [f"p_{s}" for s in STANCES]
-    table = pa.table([documents["given_stance"], *(labels[n] for n in names)], ["given_stance", *names])
-    return pl.DataFrame(table).select(stance=stance_expression()).to_arrow()["stance"]
+    columns = [documents["given_stance"], *(labels[n] for n in names)]
+    if read is not None:
+        columns, names = [*columns, read["llm_stance"]], [*names, "llm_stance"]
+    table = pa.table(columns, ["given_stance", *names])
+    return pl.DataFrame(table).select(stance=stance_expression(labelled=read is not None)).to_arrow()["stance"]
 
 
-def effective_discourse(documents: pa.Table, labels: pa.Table) -> pa.ChunkedArray:
+def effective_discourse(documents: pa.Table, labels: pa.Table, read: pa.Table | None = None) -> pa.ChunkedArray:
     """`discourse_expression` of row-aligned tables."""
     import polars as pl
 
-    table = pa.table([effective_stance(documents, labels), labels["discourse"]], ["stance", "discourse"])
+    table = pa.table([effective_stance(documents, labels, read), labels["discourse"]], ["stance", "discourse"])
     return pl.DataFrame(table).select(discourse=discourse_expression("stance")).to_arrow()["discourse"]

@@ -16,7 +16,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from curation import dedup, detect, ingest, mix, storage, tokenise
+from curation.detect.fasttext import Detector
 from curation.ingest import Chunk, Split
+from curation.label import stage as label
 from curation.manifest import (
     ARMS,
     DEDUP,
@@ -31,12 +33,13 @@ from curation.manifest import (
     fingerprint,
 )
 from curation.mix import arms
-from curation.recipe import Dedup, Detect
+from curation.recipe import Dedup, Detect, Recipe
 from curation.schema import SCHEMA_VERSION, STANCES, effective_discourse, effective_stance
 from curation.tokenise import shards
 from curation.tokenise.tokenizer import Encoder, TokenizerSpec
 
 SPLITS = f"{DOCUMENTS}/splits"  # one record for each split whose parts are all there
+_SPANS = 1_000  # of the detector's evidence in a document, for choosing what of it a language model reads
 
 
 @dataclass(frozen=True)
@@ -169,6 +172,17 @@ def _label_counts(documents: pa.Table, labels: pa.Table) -> dict[str, int]:
         "blocklist": pc.sum(labels["blocklist"]).as_py() or 0,
         **by_stance,
     }
+
+
+def label_work(recipe: Recipe, run: RunFolder, names: list[str], parents: list[str]) -> label.Work:
+    """What the label stage is given. `parents`: chains of the parts before it."""
+    assert recipe.label is not None
+    detector = Detector.load(recipe.detect.fasttext.model)
+
+    def explain(text: str) -> list[tuple[int, int, float]]:
+        return [(s.start, s.end, s.contribution) for s in detector.explain(text, limit=_SPANS)]
+
+    return label.Work(run, tuple(names), recipe.label, recipe.seed, tuple(parents), explain)
 
 
 @dataclass(frozen=True)

@@ -39,6 +39,7 @@ def summarise(
         "discourse": detected["discourse"],
         "blocklist": detected["blocklist"],
         "stances": {k.removeprefix("stance:"): n for k, n in sorted(detected.items()) if k.startswith("stance:")},
+        **({"labels": _labels(_sums(stages["label"]))} if "label" in stages else {}),
         "duplicates": {k: deduped[k] for k in ("exact", "near", "duplicate_id")},
         "kept": deduped["kept"],
         "dropped": {
@@ -53,6 +54,19 @@ def summarise(
         "peak_memory_bytes": peak_memory_bytes,
         "exit_code": EXIT_QUARANTINE if too_many else EXIT_DONE,
     }
+
+
+def _labels(sums: Counter[str]) -> dict[str, Any]:
+    """What a language model said: asked = labelled + quarantined + not_reached."""
+    asked, labelled, quarantined = (sums[key] for key in ("asked", "labelled", "quarantined"))
+    return {
+        "asked": asked, "audit": sums["audit"], "labelled": labelled, "quarantined": quarantined,
+        "not_reached": asked - labelled - quarantined,
+        **{
+            f"{kind}s": {k.removeprefix(f"{kind}:"): n for k, n in sorted(sums.items()) if k.startswith(f"{kind}:")}
+            for kind in ("stance", "error")
+        },
+    }  # fmt: skip
 
 
 def _sums(stage: dict[str, Any]) -> Counter[str]:

@@ -167,6 +167,14 @@ def print_summary(summary: dict[str, Any]) -> None:
         f"duplicates, {summary['kept']:,} kept, {summary['quarantined_total']:,} quarantined"
         + (f" ({', '.join(f'{k} {n:,}' for k, n in summary['quarantined'].items())})" if summary["quarantined"] else "")
     )
+    if labels := summary.get("labels"):
+        errors = f" ({', '.join(f'{k} {n:,}' for k, n in labels['errors'].items())})" if labels["errors"] else ""
+        console.print(
+            f"{labels['labelled']:,} of {labels['asked']:,} documents labelled by the language model "
+            f"({', '.join(f'{k} {n:,}' for k, n in labels['stances'].items())}), {labels['quarantined']:,} without a "
+            f"label{errors}, {labels['not_reached']:,} not reached",
+            markup=False,
+        )
     seconds = ", ".join(f"{k} {v:.1f}" for k, v in summary["seconds"].items())
     console.print(f"seconds: {seconds}; peak memory {summary['peak_memory_bytes'] / 1e9:.2f} GB")
     console.print(f"shards   {summary['run']}/60_arms", soft_wrap=True)
@@ -193,6 +201,8 @@ def print_plan(plan: dict[str, Any]) -> None:
     for table in (inputs, stages, arms):
         console.print(table)
         console.print()
+    if plan["label"]:
+        console.print(plan["label"], markup=False)
 
 
 def print_detector_report(card: dict[str, Any]) -> None:

@@ -16,12 +16,13 @@ import polars as pl
 import pyarrow as pa
 
 from curation.errors import TilthError, UserError
-from curation.manifest import ARMS, DEDUP, DETECT, DOCUMENTS, QUARANTINE, RunFolder, read_manifest
+from curation.manifest import ARMS, DEDUP, DETECT, DOCUMENTS, LABELS, QUARANTINE, RunFolder, read_manifest
 from curation.rng import keys64
 from curation.schema import (
     CLUSTER,
     DOCUMENT,
     LABEL,
+    LLM_LABEL,
     PROVENANCE,
     REJECT,
     STANCES,
@@ -75,11 +76,15 @@ class Run:
 
     @property
     def labels(self) -> pl.LazyFrame:
-        """schema.LABEL, the documents' `source`, `role` and `given_stance`, the effective `stance`
-        (null = none), and `part`."""
+        """schema.LABEL, the documents' `source`, `role` and `given_stance`, what a language model said where one was
+        asked (schema.LLM_LABEL), the effective `stance` (null = none), and `part`."""
         about = self.documents.select("source", "role", "given_stance")
-        labels = pl.concat([self._scan(DETECT, LABEL), about], how="horizontal")
-        return labels.with_columns(stance=stance_expression())
+        sidecars = [self._scan(DETECT, LABEL), about]
+        labelled = "label" in (self.manifest.get("stages") or {})
+        if labelled:
+            sidecars.append(self._scan(LABELS, LLM_LABEL).drop("id", "part"))
+        labels = pl.concat(sidecars, how="horizontal")
+        return labels.with_columns(stance=stance_expression(labelled=labelled))
 
     @property
     def clusters(self) -> pl.LazyFrame:

@@ -6,7 +6,6 @@ backend.py   what a model behind any of the backends is to the rest: requests in
 client.py    the backend for OpenAI-compatible endpoints: retries, deadlines, circuit breakers
 cache.py     answers on disk, so that nothing is paid twice
 work.py      documents -> label rows and quarantine rows, with counts that add up
-fake.py      a server that answers by a hash of the document, for tests of users and ours
 """
 
 STAGE_VERSION = 1

@@ -18,7 +18,7 @@ import polars as pl
 import pyarrow as pa
 
 from curation import storage
-from curation.manifest import ARMS, DEDUP, DETECT, DOCUMENTS, TOKENS, RunFolder
+from curation.manifest import ARMS, DEDUP, DETECT, DOCUMENTS, LABELS, TOKENS, RunFolder
 from curation.mix.budget import BUCKET_SHIFT, NUM_BUCKETS, ArmPhase, Stretch, Turns, plan_arms
 from curation.mix.policy import NUM_CATEGORIES, background_categories, category
 from curation.recipe import Mix
@@ -39,6 +39,7 @@ class Batch:
     number: int
     names: tuple[str, ...]
     seed: int
+    labelled: bool = False  # a language model read documents
     repeats: tuple[int, ...] = ()  # for histograms
     buckets: tuple[tuple[int, int], ...] = ()  # (repeat, bucket) for turns
     plan: tuple[ArmPhase, ...] = ()  # for select_rows
@@ -48,7 +49,7 @@ class Batch:
         return self.run.path(WORK, f"{what}-{self.number:06d}.arrow")
 
 
-def batches(run: RunFolder, num_documents: dict[str, int], seed: int) -> list[Batch]:
+def batches(run: RunFolder, num_documents: dict[str, int], seed: int, labelled: bool = False) -> list[Batch]:
     """The parts in the order of their names, at most BATCH_DOCUMENTS to a batch (or one larger part)."""
     groups: list[list[str]] = []
     size = BATCH_DOCUMENTS
@@ -58,13 +59,13 @@ def batches(run: RunFolder, num_documents: dict[str, int], seed: int) -> list[Ba
             groups.append([])
             size = num_documents[name]
         groups[-1].append(name)
-    return [Batch(run, number, tuple(names), seed) for number, names in enumerate(groups)]
+    return [Batch(run, number, tuple(names), seed, labelled) for number, names in enumerate(groups)]
 
 
 def gather(batch: Batch) -> int:
     """Write the candidates of a batch under WORK: part, id, start, num_tokens, stance, discourse and
     category of each representative. Returns their number."""
-    frame = pl.concat([_candidates(batch.run, name) for name in batch.names])
+    frame = pl.concat([_candidates(batch.run, name, batch.labelled) for name in batch.names])
     storage.commit_ipc(batch.path("candidates"), frame.to_arrow())
     return len(frame)
 
@@ -74,9 +75,10 @@ def candidates(batch: Batch) -> pl.DataFrame:
     return pl.DataFrame(storage.read_ipc(batch.path("candidates")))
 
 
-def _candidates(run: RunFolder, name: str) -> pl.DataFrame:
+def _candidates(run: RunFolder, name: str, labelled: bool) -> pl.DataFrame:
     documents = run.read(f"{DOCUMENTS}/{name}.parquet", ["id", "role", "given_stance"])
     labels = run.read(f"{DETECT}/{name}.parquet", [*_PROBABILITIES, "discourse", "blocklist"])
+    read = run.read(f"{LABELS}/{name}.parquet", ["llm_stance"]) if labelled else None
     kept = run.read(f"{DEDUP}/{name}.parquet", ["kept"])
     tokens = run.read(f"{TOKENS}/{name}.parquet", ["start", "num_tokens"])
     table = pa.table(
@@ -85,8 +87,8 @@ def _candidates(run: RunFolder, name: str) -> pl.DataFrame:
             "role": documents["role"],
             "start": tokens["start"],
             "num_tokens": tokens["num_tokens"],
-            "stance": effective_stance(documents, labels),
-            "discourse": effective_discourse(documents, labels),
+            "stance": effective_stance(documents, labels, read),
+            "discourse": effective_discourse(documents, labels, read),
             "blocklist": labels["blocklist"],
             "kept": kept["kept"],
         }

@@ -13,7 +13,7 @@ from examples.world.generate import documents
 @pytest.mark.slow
 def test_default_dedup_takes_less_than_a_twentieth_of_the_background(tmp_path, root, ray_session):
     names = []
-    for name, rows in documents(0, 17_000, 1_900, 1_800, 1).items():
+    for name, rows in documents(0, 10_000, 1_100, 1_000, 1).items():
         (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
         names.append(name)
     recipe = {
@@ -29,7 +29,7 @@ def test_default_dedup_takes_less_than_a_twentieth_of_the_background(tmp_path, r
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
     summary = curate(Recipe.load(str(tmp_path / "recipe.yaml")), str(tmp_path / "run"))
     kept = {name: row["kept"] / row["documents"] for name, row in summary["sources"].items()}
-    assert summary["sources"]["background"]["documents"] == 17_000
+    assert summary["sources"]["background"]["documents"] == 10_000
     assert kept["background"] > 0.95
     assert kept["natural"] > 0.95
     # Pools: only exact copies within a pool.

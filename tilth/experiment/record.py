@@ -153,11 +153,11 @@ def _data(study: Study, folder: Path, path: str) -> Row:
     run = curation.open_run(path)
     manifest, summary = run.manifest, run.summary
     seeds = [seed for seed in study.seeds if study.run(seed) == path]
-    documents = [file["sha256"] for part in manifest["stages"]["ingest"]["parts"] for file in part["files"]]
     return {
         "run": Path(path).name, "seeds": seeds,
-        "stages": {name: stage["chain"] for name, stage in manifest["stages"].items()},
-        "documents_sha256": fingerprint(documents),
+        # By content: a stage's chain knows when its input was written.
+        "stages": {name: _content(stage) for name, stage in manifest["stages"].items()},
+        "documents_sha256": _content(manifest["stages"]["ingest"]),
         "tokenizer_sha256": manifest["tokenizer"]["sha256"],
         "num_documents": summary["documents_read"], "num_discourse": summary["discourse"],
         "stances": summary["stances"], "duplicates": summary["duplicates"], "quarantined": summary["quarantined_total"],
@@ -165,6 +165,11 @@ def _data(study: Study, folder: Path, path: str) -> Row:
         "arms": _arms(run), "examples": _documents(run),
         "contamination": _contamination(study, folder, path, seeds[0]),
     }  # fmt: skip
+
+
+def _content(stage: Row) -> str:
+    """Hash of a stage's files, in the order of their names."""
+    return fingerprint(sorted((file["path"], file["sha256"]) for part in stage["parts"] for file in part["files"]))
 
 
 def _arms(run: Run) -> list[Row]:

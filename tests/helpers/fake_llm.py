@@ -1,4 +1,4 @@
-"""A fake language model behind /v1/chat/completions, for tests: `python -m curation.label.fake --port 8000`.
+"""A fake language model behind /v1/chat/completions, for tests: `python tests/helpers/fake_llm.py --port 8000`.
 
 It does not read. Stance, quote and confidence are functions of a hash of the document, so a run against it shows that
 requests, retries, cache, validation and counts work, and **nothing** about labels, about a model's resistance to
@@ -201,7 +201,9 @@ def _share(what: str, text: str) -> float:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m curation.label.fake", description="A fake LLM server, for tests.")
+    parser = argparse.ArgumentParser(
+        prog="python tests/helpers/fake_llm.py", description="A fake LLM server, for tests."
+    )
     parser.add_argument("--port", type=int, default=8000)
     parser.add_argument("--model", default="fake")
     for name in ("garbage", "refusal", "truncated", "wrong-quote", "busy", "broken", "timeout", "bad-request"):
