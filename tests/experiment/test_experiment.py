@@ -103,9 +103,13 @@ def test_the_same_command_again_does_nothing_and_writes_the_same_bytes(finished)
     assert {name: (folder_path(folder) / name).read_bytes() for name in names} == before
 
 
-def test_two_experiments_of_one_recipe_give_the_same_numbers_and_bytes(finished, tmp_path):
+def test_two_experiments_of_one_recipe_give_the_same_numbers_and_bytes(finished, world, tmp_path):
+    """Also when the documents were written at another time, to another place."""
+    import shutil
+
     found, folder, recipe, _ = finished
-    again, other = experiment(str(recipe), str(tmp_path / "again"))
+    shutil.copytree(world, tmp_path / "world", copy_function=shutil.copyfile)
+    again, other = experiment(str(tmp_path / "world" / recipe.name), str(tmp_path / "again"))
     assert again == found
     for name in ("experiment.json", "choices.parquet", "report.html"):
         assert (folder_path(folder) / name).read_bytes() == (folder_path(other) / name).read_bytes()
