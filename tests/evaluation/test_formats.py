@@ -87,7 +87,7 @@ def test_bad_rows_are_rejected_with_place_and_reason_and_counts_add_up(tmp_path)
         json.dumps(PAPER | {"question": 3}): "question is not a text",
         json.dumps(PAPER | {"topics": 3}): "topics is not a list",
         json.dumps(PAPER | {"relevance_rating": "high"}): "relevance_rating is not a whole number",
-        json.dumps(PAPER | {"split": 1}): "split or family",
+        json.dumps(PAPER | {"split": 1}): "split, family, pair or actor",
         json.dumps(PAPER): "'a1' was at x.jsonl:1 already",
         json.dumps(WRITTEN | {"answer_matching_behavior": None}): "answer_matching_behavior is missing",
         json.dumps(WRITTEN | {"answer_matching_behavior": " (C)"}): "names none of the 2 options",

@@ -136,14 +136,18 @@ def _versions() -> dict[str, str]:
 
 
 def _portable(recipe: Row) -> Row:
-    """The recipe with the names of files instead of their places on this machine."""
+    """The recipe with files named from the folder that its inputs share, and without the places of this machine."""
+    folders = [one["path"].split("/")[:-1] for one in recipe["inputs"]]
+    levels = enumerate(zip(*folders, strict=False))
+    shared = next((at for at, names in levels if len(set(names)) > 1), min(map(len, folders)))
+    inputs = [{**one, "path": "/".join(one["path"].split("/")[shared:])} for one in recipe["inputs"]]
+    tokenise = {**recipe["tokenise"], "tokenizer": _name(recipe["tokenise"]["tokenizer"])}
+    places = {key: _name(recipe["train"][key]) for key in ("model", "tokenizer") if key in recipe["train"]}
+    return {**recipe, "inputs": inputs, "tokenise": tokenise, "train": {**recipe["train"], **places}}
 
-    def name(path: str) -> str:
-        return "/".join(path.rsplit("/", 2)[-2:])
 
-    inputs = [{**one, "path": name(one["path"])} for one in recipe["inputs"]]
-    tokenise = {**recipe["tokenise"], "tokenizer": name(recipe["tokenise"]["tokenizer"])}
-    return {**recipe, "inputs": inputs, "tokenise": tokenise}
+def _name(path: str) -> str:
+    return path.rstrip("/").rpartition("/")[2] if path.startswith("/") else path
 
 
 # Data.
