@@ -1,4 +1,4 @@
-"""kill -9 at three moments of an experiment, then the same command: the same record, choices and page, byte for byte."""
+"""kill -9 at three moments of an experiment, then the same command: the same bytes of record, choices, page."""
 
 import pytest
 from flow_helpers import killed_when, tilth
