@@ -20,7 +20,7 @@ import pyarrow as pa
 from curation.detect import metrics
 from curation.detect.blocklist import Blocklist
 from curation.detect.fasttext import Detector
-from curation.detect.records import read_records
+from curation.records import read_records
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 THRESHOLD = 0.5

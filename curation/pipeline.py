@@ -1,4 +1,4 @@
-"""Recipe -> run folder: ingest -> detect -> dedup -> mix -> tokenise on one Ray session.
+"""Recipe -> run folder: ingest -> detect -> dedup (-> label) -> tokenise -> mix on one Ray session.
 
 The driver holds names, chains and sums, never documents. What each stage made is read back
 from its committed parts, so a run that was killed and run again ends with the same manifest.

@@ -8,7 +8,7 @@ import math
 import re
 import shlex
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -434,19 +434,28 @@ def _command(found: Row) -> str:
 
 @lru_cache(maxsize=1)
 def _environment() -> jinja2.Environment:
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent),
+    return environment(
+        Path(__file__).parent,
+        {
+            "findable": findable, "signed": signed, "interval": interval, "weights": _weights, "split": _split,
+            "decimals": _decimals, "change": _change,
+        },
+    )  # fmt: skip
+
+
+def environment(folder: Path, filters: Mapping[str, Callable[..., Any]]) -> jinja2.Environment:
+    """Templates of `folder`: everything is escaped, nothing is undefined, None is a dash. `filters` beside count,
+    percent, points and p."""
+    made = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(folder),
         autoescape=True,
         undefined=jinja2.StrictUndefined,
         finalize=_visible,
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {
-        "count": count, "percent": percent, "points": points, "findable": findable, "signed": signed, "p": p_value,
-        "interval": interval, "weights": _weights, "split": _split, "decimals": _decimals, "change": _change,
-    }  # fmt: skip
-    return environment
+    made.filters |= {"count": count, "percent": percent, "points": points, "p": p_value, **filters}
+    return made
 
 
 def _visible(value: Any) -> Any:

@@ -121,7 +121,11 @@ class Answered:
 
     choices: pl.DataFrame
     """As of suite.choices, with a column `set`."""
-    model: dict[str, Any]
+    identity: dict[str, Any]
+    """What answered: its files by hash, or a server's word."""
+    facts: dict[str, str]
+    left_out: dict[str, dict[str, str]]
+    """Set -> question_id -> why it could not be asked."""
     loss: Loss | None
     asked: int
     reused: int
@@ -137,15 +141,16 @@ def answer(
     with _opened(target, backend, dtype, None, None, on_line) as (model, encoder, _):
         identity = _identity(target, model)
         path = folder / "answers" / f"{_slug(target.name)}-{fingerprint({**model.facts(), **identity})[:12]}.jsonl"
-        tables, asked, reused = [], 0, 0
+        tables, left_out, asked, reused = [], {}, 0, 0
         for name, suite in suites.items():
             prepared = prepare(suite, encoder, model.max_length, _chats(target, encoder))
             table, counts = _ask(prepared, model, path, target, on_line, on_progress)
             tables.append(table.select(pl.lit(name).alias("set"), pl.all()))
+            left_out[name] = prepared.left_out
             asked, reused = asked + counts["asked"], reused + counts["reused"]
-        about = _model(target, model, identity, prepared)
         found = loss(model, encoder, validation) if validation else None
-    return Answered(pl.concat(tables), about, found, asked, reused)
+        facts = model.facts()
+    return Answered(pl.concat(tables), identity, facts, left_out, found, asked, reused)
 
 
 @dataclass(frozen=True)

@@ -55,7 +55,7 @@ def curate(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print what would be done, and do nothing.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="End with the summary as one JSON line.")] = False,
 ) -> None:
-    """Documents in, token shards out: ingest, detect, dedup, mix, tokenise on Ray.
+    """Documents in, token shards out: ingest, detect, dedup, label, tokenise, mix on Ray.
 
     The same command again goes on where it was cut off, and does nothing when nothing changed.
     """

@@ -225,66 +225,13 @@ def print_detector_report(card: dict[str, Any]) -> None:
 
 def print_agreement(facts: dict[str, Any]) -> None:
     """Labels of a run against human ones. Brackets are 95 % intervals."""
-    found, shares = facts["agreement"], facts["prevalence"]
-    confusion = _table("confusion: human down, the run across", [""], [*found["stances"], "all"])
-    for stance, row in zip(found["stances"], found["confusion"], strict=True):
-        confusion.add_row(stance, *[f"{n:,}" for n in row], f"{sum(row):,}")
-    names = ["precision", "recall", "f1"]
-    classes = _table("per class", ["class"], ["human", "run", *names])
-    for row in found["classes"]:
-        classes.add_row(
-            row["name"], f"{row['num_truth']:,}", f"{row['num_labels']:,}", *[_figure(row[k]) for k in names]
-        )
-    overall = _table("overall", ["over"], ["accuracy", "kappa", "macro-F1", *names])
-    overall.add_row(
-        f"{len(found['macro_over'])} stances", *[_figure(found[k]) for k in ("accuracy", "kappa", "macro_f1")],
-        "", "", "",
-    )  # fmt: skip
-    if two := found["binary"]:
-        overall.add_row(
-            "AI discourse or not",
-            _figure(two["accuracy"]),
-            _figure(two["kappa"]),
-            "",
-            *[_figure(two[k]) for k in names],
-        )
     console.print(facts["matching"]["told"], markup=False, soft_wrap=True)
-    for table in (confusion, classes, overall):
-        console.print()
-        console.print(table)
-    if left_out := found["macro_f1"]["left_out"]:
-        console.print(f"a class was missing in {left_out:.0%} of the draws of macro-F1's interval")
+    _print_classes(facts["agreement"])
     console.print()
-    if calibration := found["calibration"]:
-        bins = _table("confidence and what was right", ["confidence", ""], ["claimed", "right", "documents"])
-        for row in calibration["bins"]:
-            right = {"value": row["true"], "low": row["low"], "high": row["high"]}
-            bins.add_row(
-                f"{row['first']:.2f} to {row['last']:.2f}", "█" * round(20 * row["true"]), f"{row['predicted']:.2f}",
-                _figure(right), f"{row['num_documents']:,}",
-            )  # fmt: skip
-        console.print(bins)
-        console.print(
-            f"calibration error (ECE) {_figure(calibration['error'])}; perfect calibration would show "
-            f"{calibration['if_calibrated']:.2f} here, rarely over {calibration['if_calibrated_high']:.2f}",
-            markup=False,
-        )
+    if calibration := facts["agreement"]["calibration"]:
+        _print_calibration(calibration)
         console.print()
-    if "reason" in shares:
-        console.print(f"prevalence cannot be corrected: {shares['reason']}", markup=False)
-    else:
-        table = _table(
-            f"prevalence in {shares['num_documents']:,} documents", ["stance"], ["as labelled", "corrected"]
-        )  # fmt: skip
-        for row in [*shares["shares"], shares["discourse"]]:
-            corrected = row["corrected"]
-            bounds = ", ".join(f"{corrected[k]:.2%}" for k in ("low", "high"))
-            table.add_row(row["name"], f"{row['predicted']:.2%}", f"{corrected['value']:.2%} [{bounds}]")
-        console.print(table)
-        console.print(
-            f"kept background documents; corrected by {shares['num_labelled']:,} with a human label, as if drawn at "
-            "random from those with the same label"
-        )
+    _print_prevalence(facts["prevalence"])
     console.print()
     for row in facts["recall"]:
         told = row["reason"] or (
@@ -292,6 +239,60 @@ def print_agreement(facts: dict[str, Any]) -> None:
             f"{row['num_labelled_lost']:,} of them labelled"
         )
         console.print(f"{row['stage']:7} {told}", markup=False, soft_wrap=True)
+
+
+def _print_classes(found: dict[str, Any]) -> None:
+    confusion = _table("confusion: human down, the run across", [""], [*found["stances"], "all"])
+    for stance, row in zip(found["stances"], found["confusion"], strict=True):
+        confusion.add_row(stance, *[f"{n:,}" for n in row], f"{sum(row):,}")
+    names = ["precision", "recall", "f1"]
+    classes = _table("per class", ["class"], ["human", "run", *names])
+    for row in found["classes"]:
+        counts = (f"{row[key]:,}" for key in ("num_truth", "num_labels"))
+        classes.add_row(row["name"], *counts, *[_figure(row[k]) for k in names])
+    overall = _table("overall", ["over"], ["accuracy", "kappa", "macro-F1", *names])
+    figures = [_figure(found[k]) for k in ("accuracy", "kappa", "macro_f1")]
+    overall.add_row(f"{len(found['macro_over'])} stances", *figures, "", "", "")
+    if two := found["binary"]:
+        figures = [_figure(two["accuracy"]), _figure(two["kappa"]), "", *(_figure(two[k]) for k in names)]
+        overall.add_row("AI discourse or not", *figures)
+    for table in (confusion, classes, overall):
+        console.print()
+        console.print(table)
+    if left_out := found["macro_f1"]["left_out"]:
+        console.print(f"a class was missing in {left_out:.0%} of the draws of macro-F1's interval")
+
+
+def _print_calibration(calibration: dict[str, Any]) -> None:
+    bins = _table("confidence and what was right", ["confidence", ""], ["claimed", "right", "documents"])
+    for row in calibration["bins"]:
+        right = {"value": row["true"], "low": row["low"], "high": row["high"]}
+        bins.add_row(
+            f"{row['first']:.2f} to {row['last']:.2f}", "█" * round(20 * row["true"]), f"{row['predicted']:.2f}",
+            _figure(right), f"{row['num_documents']:,}",
+        )  # fmt: skip
+    console.print(bins)
+    console.print(
+        f"calibration error (ECE) {_figure(calibration['error'])}; perfect calibration would show "
+        f"{calibration['if_calibrated']:.2f} here, rarely over {calibration['if_calibrated_high']:.2f}",
+        markup=False,
+    )
+
+
+def _print_prevalence(shares: dict[str, Any]) -> None:
+    if "reason" in shares:
+        console.print(f"prevalence cannot be corrected: {shares['reason']}", markup=False)
+        return
+    table = _table(f"prevalence in {shares['num_documents']:,} documents", ["stance"], ["as labelled", "corrected"])
+    for row in [*shares["shares"], shares["discourse"]]:
+        corrected = row["corrected"]
+        bounds = ", ".join(f"{corrected[k]:.2%}" for k in ("low", "high"))
+        table.add_row(row["name"], f"{row['predicted']:.2%}", f"{corrected['value']:.2%} [{bounds}]")
+    console.print(table)
+    console.print(
+        f"kept background documents; corrected by {shares['num_labelled']:,} with a human label, as if drawn at "
+        "random from those with the same label"
+    )
 
 
 def _figure(figure: dict[str, Any]) -> str:

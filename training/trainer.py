@@ -413,20 +413,20 @@ def _finished(phase: PhasePlan) -> dict[str, Any] | None:
 
 def link(laid_out: Plan) -> None:
     """ARM/seed-N points to the last phase's model; ARM/seed-N.json says what it went through."""
-    link = laid_out.link
-    link.parent.mkdir(parents=True, exist_ok=True)
-    target = os.path.relpath(laid_out.final.folder / checkpoint.EXPORT, link.parent)
-    temporary = link.with_name(f".{link.name}.tmp")
+    place = laid_out.link
+    place.parent.mkdir(parents=True, exist_ok=True)
+    target = os.path.relpath(laid_out.final.folder / checkpoint.EXPORT, place.parent)
+    temporary = place.with_name(f".{place.name}.tmp")
     temporary.unlink(missing_ok=True)
     temporary.symlink_to(target, target_is_directory=True)
-    os.replace(temporary, link)
+    os.replace(temporary, place)
     about = {
         "run": laid_out.config.run, "arm": laid_out.config.arm, "seed": laid_out.config.seed, "model": target,
         "phases": [
             {"name": p.name, "key": p.key, "data_hash": p.data_hash, "tokens": p.tokens} for p in laid_out.phases
         ],
     }  # fmt: skip
-    storage.commit_bytes(f"{link}.json", json.dumps(about, indent=1).encode())
+    storage.commit_bytes(f"{place}.json", json.dumps(about, indent=1).encode())
 
 
 def lay_out(config: Train) -> list[dict[str, Any]]:

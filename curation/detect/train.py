@@ -30,8 +30,8 @@ from curation.detect.augment import augmented
 from curation.detect.fasttext import LABELS, WINDOW_WORDS, Detector
 from curation.detect.folded import fold
 from curation.detect.normalise import NORMALISATION, normalise_text
-from curation.detect.records import read_records, text_of
 from curation.errors import UserError
+from curation.records import read_records, text_of
 from curation.rng import key64
 from curation.schema import STANCES
 

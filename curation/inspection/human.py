@@ -9,11 +9,11 @@ A record with an id and nothing else that says something (null counts as nothing
 filled in: counted, not used. What is not found is counted with its reason.
 
 The run's label of a document is its effective stance or, without one, the student's most probable class. Its
-confidence is the student's probability of that class; a given stance has none. Prevalence and the detector's recall are
-about the background documents that dedup kept, which is what the mix draws from and what audits sample.
+confidence is the student's probability of that class; a given stance and a language model's have none. Prevalence and
+the detector's recall are about the background documents that dedup kept, which is what the mix draws from and what
+audits sample.
 """
 
-import io
 import json
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -22,13 +22,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import polars as pl
-import pyarrow as pa
 
-from curation import storage
 from curation.errors import UserError
 from curation.inspection.agreement import UNRELATED, Agreement, Counts, agreement
 from curation.inspection.excerpts import one_line, shorten, visible
 from curation.inspection.prevalence import Prevalence, Recall, Stratum, prevalence, recall, uncorrected
+from curation.records import read_records
 from curation.schema import BACKGROUND, STANCES, discourse_expression
 
 if TYPE_CHECKING:
@@ -37,7 +36,6 @@ if TYPE_CHECKING:
 EXCERPT_CHARS = 300
 MAX_EXAMPLES = 3
 ABOVE, BELOW = "above the threshold", "below the threshold"
-_CODECS = {"gz": "gzip", "zst": "zstd", "bz2": "bz2"}
 
 BLANK = "no label in the record"
 NOT_HERE = "no document has this id or source_id"
@@ -139,6 +137,8 @@ def labelled(run: "Run") -> pl.LazyFrame:
     ]
     rows = pl.concat(parts, how="horizontal").with_columns(label=pl.coalesce("stance", best))
     by_student = pl.col("given_stance").is_null() & (pl.col("label") == best)
+    if run.labelled:  # what the language model said has no probability
+        by_student &= pl.col("llm_stance").is_null()
     return rows.select(
         "id", "source", "source_id", "label", "kept",
         probability=pl.when(by_student).then(student.list.max().clip(0, 1)),
@@ -242,32 +242,11 @@ def match(run: "Run", human: str) -> Matched:
 
 def read_human(path: str) -> Iterator[tuple[str, str | None, str]]:
     """(id, stance or None where blank, place "FILE line N") of each record. Raises UserError for what can't be read."""
-    try:
-        with storage.open_read(path) as raw:
-            suffix = path.rsplit(".", 1)[-1]
-            lines = io.BufferedReader(pa.CompressedInputStream(raw, _CODECS[suffix])) if suffix in _CODECS else raw
-            for number, line in enumerate(lines, start=1):
-                if line.strip():
-                    yield _human(line, f"{path} line {number}")
-    except FileNotFoundError:
-        raise UserError(f"there is no file {path}") from None
-    except IsADirectoryError:
-        raise UserError(f"{path} is a folder: give a JSON-lines file of human labels") from None
-    except OSError as error:
-        raise UserError(f"{path} can't be read: {error}") from None
-
-
-def _human(line: bytes, place: str) -> tuple[str, str | None, str]:
-    try:
-        record = json.loads(line)
-    except ValueError as error:
-        raise UserError(f"{place} is not JSON: {error}") from None
-    if not isinstance(record, dict):
-        raise UserError(f"{place} is not a JSON object")
-    key = record.get("id")
-    if isinstance(key, bool) or not isinstance(key, str | int):
-        raise UserError(f"{place} has no `id`: give the document's id or source_id")
-    return str(key), _truth(record, place), place
+    for place, record in read_records(path):
+        key = record.get("id")
+        if isinstance(key, bool) or not isinstance(key, str | int):
+            raise UserError(f"{place} has no `id`: give the document's id or source_id")
+        yield str(key), _truth(record, place), place
 
 
 def _truth(record: dict[str, Any], place: str) -> str | None:

@@ -80,11 +80,15 @@ class Run:
         asked (schema.LLM_LABEL), the effective `stance` (null = none), and `part`."""
         about = self.documents.select("source", "role", "given_stance")
         sidecars = [self._scan(DETECT, LABEL), about]
-        labelled = "label" in (self.manifest.get("stages") or {})
-        if labelled:
+        if self.labelled:
             sidecars.append(self._scan(LABELS, LLM_LABEL).drop("id", "part"))
         labels = pl.concat(sidecars, how="horizontal")
-        return labels.with_columns(stance=stance_expression(labelled=labelled))
+        return labels.with_columns(stance=stance_expression(labelled=self.labelled))
+
+    @property
+    def labelled(self) -> bool:
+        """Whether a language model read documents."""
+        return "label" in (self.manifest.get("stages") or {})
 
     @property
     def clusters(self) -> pl.LazyFrame:

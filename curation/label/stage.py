@@ -34,7 +34,7 @@ Line = Callable[[str], None]
 Explain = Callable[[str], Iterable[Span]]
 
 
-@dataclass
+@dataclass(frozen=True)
 class Selection:
     """What is read of a part: rows in its tables, and which of them are of the audit sample."""
 

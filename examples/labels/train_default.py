@@ -18,8 +18,8 @@ import sys
 import tempfile
 from pathlib import Path
 
-from curation.detect.records import read_records
 from curation.detect.train import train
+from curation.records import read_records
 
 EXAMPLES = Path(__file__).resolve().parents[1]
 PASSAGES = EXAMPLES / "labels" / "passages.jsonl"

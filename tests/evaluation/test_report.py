@@ -1,10 +1,7 @@
 """report.html: the numbers of results.json, harmless whatever the text, and no wider than a phone."""
 
 import json
-import os
 import re
-import shutil
-import subprocess
 from html import unescape
 from html.parser import HTMLParser
 from itertools import product
@@ -14,6 +11,7 @@ from typing import Any
 import numpy as np
 import polars as pl
 import pytest
+from browser import fits, in_chromium
 
 from curation.errors import UserError
 from evaluation import report, results
@@ -332,33 +330,9 @@ def test_points() -> None:
     assert [report.findable(x) for x in (0.074, 1.3, None)] == ["7.4", ">100", "–"]
 
 
-CHROMIUM = next(
-    (found for name in ("chromium", "chromium-browser", "google-chrome") if (found := shutil.which(name))), None
-)
-
-
-@pytest.mark.skipif(CHROMIUM is None, reason="chromium is not installed")
+@in_chromium
 @pytest.mark.parametrize("width_px", [1280, 390])
 def test_no_sideways_scrolling(tmp_path: Path, width_px: int) -> None:
     """With all details open, hostile text without policy, and words too long for a line."""
     rich(tmp_path, num=8, passage=HOSTILE + "x" * 300, arms=("unfiltered", "a" * 80, HOSTILE), num_seeds=1)
-    html = write_report(tmp_path).read_text().replace("<details", "<details open")
-    html = re.sub(r"<meta http-equiv[^>]*>", "", html).replace("&", "&amp;").replace('"', "&quot;")
-    frame = tmp_path / "frame.html"
-    frame.write_text(
-        f'<iframe style="width:{width_px}px;height:800px;border:0" srcdoc="{html}" onload="'
-        "const d = this.contentDocument, e = d.documentElement;"
-        "document.title = e.clientWidth + ' ' + e.scrollWidth + ' ' + d.title\"></iframe>"
-    )
-    assert CHROMIUM is not None
-    flags = "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking"
-    done = subprocess.run(
-        [CHROMIUM, *flags.split(), "--disable-component-update", "--disable-sync",
-         f"--user-data-dir={tmp_path / 'profile'}", "--dump-dom", frame.as_uri()],
-        capture_output=True, text=True, timeout=90, check=True, env={**os.environ, "HOME": str(tmp_path)},
-    )  # fmt: skip
-    title = re.search(r"<title>(\d+) (\d+) 3 arms · Tilth evaluation report</title>", done.stdout)
-    assert title is not None  # `owned` had any of the text run
-    inner_px, content_px = map(int, title.groups())
-    assert width_px - 20 <= inner_px <= width_px
-    assert content_px <= inner_px
+    fits(write_report(tmp_path).read_text(), tmp_path, width_px, "3 arms · Tilth evaluation report")

@@ -78,6 +78,11 @@ def test_numbers_are_those_of_the_choices(finished):
     assert planned["p_adjusted"] == pytest.approx(stats.ttest_rel(by_seed["misaligned"], by_seed["aligned"]).pvalue)
 
 
+def test_a_question_that_is_too_long_for_the_model_is_counted(finished):
+    for model in finished[0]["models"]:
+        assert model["left_out"] == {"main": {}, "check": {}}  # windows of 64 tokens hold each of them
+
+
 def test_the_audit_and_the_detector_are_reported(finished):
     found = finished[0]
     for data in found["data"]:
@@ -206,7 +211,10 @@ def test_a_question_is_traced_to_the_documents_that_share_most_of_its_wording(fi
     [
         ({"question": "none", "arm": "aligned"}, "asked no question none"),
         ({"question": "", "arm": "aligned"}, "questions begin with "),
-        ({"question": "x", "arm": "alined"}, "has no arm alined: its arms are unfiltered, aligned, misaligned"),
+        (
+            {"question": "x", "arm": "alined"},
+            "no documents of an arm alined: its arms are unfiltered, aligned",
+        ),
         ({"question": "x", "arm": "aligned", "seed": 7}, "has no seed 7: its seeds are 0, 1"),
     ],
 )

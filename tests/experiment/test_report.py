@@ -2,16 +2,13 @@
 
 import copy
 import json
-import os
-import re
-import shutil
-import subprocess
 from html import unescape
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
 import pytest
+from browser import fits, in_chromium
 
 from tilth.experiment import report
 from tilth.experiment.report import bounds, number, page, write_report
@@ -324,33 +321,10 @@ def test_axis_holds_all_and_zero() -> None:
         assert 0.0 in axis["ticks"]
 
 
-CHROMIUM = next(
-    (found for name in ("chromium", "chromium-browser", "google-chrome") if (found := shutil.which(name))), None
-)
-
-
-@pytest.mark.skipif(CHROMIUM is None, reason="chromium is not installed")
+@in_chromium
 @pytest.mark.parametrize("width_px", [1280, 390])
 def test_no_sideways_scrolling(tmp_path: Path, width_px: int) -> None:
     """With all details open, hostile text without policy, and words too long for a line."""
     arms = ("unfiltered", "misaligned", "aligned", "a" * 80, HOSTILE)
-    html = page(make(arms=arms, text=HOSTILE + "x" * 300)).replace("<details", "<details open")
-    html = re.sub(r"<meta http-equiv[^>]*>", "", html).replace("&", "&amp;").replace('"', "&quot;")
-    frame = tmp_path / "frame.html"
-    frame.write_text(
-        f'<iframe style="width:{width_px}px;height:800px;border:0" srcdoc="{html}" onload="'
-        "const d = this.contentDocument, e = d.documentElement;"
-        "document.title = e.clientWidth + ' ' + e.scrollWidth + ' ' + d.title\"></iframe>"
-    )
-    assert CHROMIUM is not None
-    flags = "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking"
-    done = subprocess.run(
-        [CHROMIUM, *flags.split(), "--disable-component-update", "--disable-sync",
-         f"--user-data-dir={tmp_path / 'profile'}", "--dump-dom", frame.as_uri()],
-        capture_output=True, text=True, timeout=90, check=True, env={**os.environ, "HOME": str(tmp_path)},
-    )  # fmt: skip
-    title = re.search(r"<title>(\d+) (\d+) world · Tilth experiment</title>", done.stdout)
-    assert title is not None  # `owned` had any of the text run
-    inner_px, content_px = map(int, title.groups())
-    assert width_px - 20 <= inner_px <= width_px
-    assert content_px <= inner_px
+    html = page(make(arms=arms, text=HOSTILE + "x" * 300))
+    fits(html, tmp_path, width_px, "world · Tilth experiment")

@@ -18,6 +18,7 @@ Where `{seed}` stands in an input, each seed is curated on its own (with that se
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -28,8 +29,9 @@ from curation.errors import UserError
 from curation.manifest import fingerprint
 from curation.mix.policy import drop_rules, upsamples
 from curation.recipe import Name, Recipe
+from curation.records import read_records, text_of
 from evaluation.run import DEFAULT_QUESTIONS, load_suite
-from evaluation.suite import Suite
+from evaluation.suite import Suite, split
 from training.config import Train
 
 SEED = "{seed}"
@@ -149,12 +151,11 @@ class Study:
         known = self.splits
         return self.experiment.split or ("held_out" if "held_out" in known else known[0])
 
-    @property
+    @cached_property
     def splits(self) -> tuple[str, ...]:
-        from evaluation.suite import split
-
         return tuple(sorted({split(q) for suite in self.suites[self.seeds[0]].values() for q in suite.questions}))
 
+    @cached_property
     def question_hashes(self) -> dict[str, dict[str, Any]]:
         """Set -> seed -> what is asked, by hash."""
         sets = self.experiment.questions
@@ -215,8 +216,6 @@ def _suite(path: str, evaluate: Evaluate) -> Suite:
 
 
 def _texts(path: str) -> tuple[str, ...]:
-    from curation.detect.records import read_records, text_of
-
     return tuple(text_of(record, "text", place) for place, record in read_records(path))
 
 

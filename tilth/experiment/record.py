@@ -10,7 +10,8 @@ bytes. Beside it choices.parquet, with every single choice, and report.html.
     questions       set -> seed -> sha256 (frozen before the first training), counts by split
     data            one row per curation: stages by hash, documents by hash, counts, duplicates, the detector against
                     given stances, arms (tokens, shares, shards by hash, tokens by stance), examples, contamination
-    models          arm, seed, phases (key, data hash, tokens, loss), weights by hash, loss on validation documents
+    models          arm, seed, phases (key, data hash, tokens, loss), weights by hash, questions left out by set, loss
+                    on validation documents
     results         set -> split -> arms (measure -> mean with both intervals) and contrasts
     loss            arms and contrasts, as in results
     examples        questions, with what each arm chose
@@ -49,7 +50,7 @@ Row = dict[str, Any]
 def write(study: Study, folder: Path, backend: str, choices: pl.DataFrame, abouts: list[Row]) -> Row:
     """Assemble the record of a finished experiment and publish it with its choices and its page.
 
-    `abouts`: arm, seed, model, loss of each checkpoint."""
+    `abouts`: arm, seed, identity, facts, left_out and loss of each checkpoint."""
     found = assemble(study, folder, backend, choices, abouts)
     ordered = choices.sort("set", "arm", "seed", "question_id", "condition", "wrapper", "order")
     found["choices_sha256"] = storage.commit_table(str(folder / CHOICES), ordered.to_arrow()).sha256
@@ -84,11 +85,12 @@ def assemble(study: Study, folder: Path, backend: str, choices: pl.DataFrame, ab
     """The record. Reads the run folders, and looks for the questions in their documents."""
     suite = study.suites[study.seeds[0]]
     results, measures = _results(study, choices)
+    recipe = _portable(study.recipe.model_dump(mode="json"))
     return {
         "schema_version": SCHEMA_VERSION,
         "name": study.recipe.name,
-        "recipe": _portable(study.recipe.model_dump(mode="json")),
-        "recipe_sha256": fingerprint(_portable(study.recipe.model_dump(mode="json"))),
+        "recipe": recipe,
+        "recipe_sha256": fingerprint(recipe),
         "code": code(),
         "backend": backend,
         "seeds": list(study.seeds),
@@ -100,7 +102,7 @@ def assemble(study: Study, folder: Path, backend: str, choices: pl.DataFrame, ab
         "measure": measures[0],
         "questions": [
             {
-                "set": name, "sha256": study.question_hashes()[name], "num_questions": len(one.questions),
+                "set": name, "sha256": study.question_hashes[name], "num_questions": len(one.questions),
                 "num_families": len({question.family for question in one.questions}),
                 "wrappers": list(one.wrappers), "splits": one.about()["splits"],
             }
@@ -243,7 +245,7 @@ def _contamination(study: Study, folder: Path, path: str, seed: int) -> list[Row
     for name, suite in study.suites[seed].items():
         hashes = [
             SCHEMA_VERSION,
-            study.question_hashes()[name][str(seed)],
+            study.question_hashes[name][str(seed)],
             stages["ingest"]["chain"],
             stages["mix"]["chain"],
         ]
@@ -283,8 +285,9 @@ def _model(study: Study, about: Row) -> Row:
             for phase, said in zip(phases, finished, strict=True)
         ],
         "num_parameters": finished[-1]["parameters"] if finished else None,
-        "files": about["model"]["identity"].get("files"),
-        "facts": about["model"]["facts"],
+        "files": about["identity"].get("files"),
+        "facts": about["facts"],
+        "left_out": about["left_out"],
         "validation": about["loss"],
     }  # fmt: skip
 

@@ -12,11 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import jinja2
-import markupsafe
 
 from curation import storage
 from curation.inspection.excerpts import visible
-from evaluation.report import CONDITION_WORDS, SCORER_WORDS, count, p_value, percent, points, signed
+from evaluation.report import CONDITION_WORDS, SCORER_WORDS, environment, percent, signed
 from evaluation.shift import ALPHA, PAIRED, PLAIN
 from tilth.experiment import record
 
@@ -474,13 +473,6 @@ def _bare(value: float, form: str) -> str:
     return number(value, form).removeprefix("+")
 
 
-def _visible(value: Any) -> Any:
-    """Control characters and those that reorder text are spelled out."""
-    if not isinstance(value, str) or isinstance(value, markupsafe.Markup):
-        return "–" if value is None else value
-    return visible(value)
-
-
 def _split(name: str) -> str:
     return name.replace("_", " ")
 
@@ -492,18 +484,12 @@ def _weights(files: Row | None) -> list[tuple[str, str]]:
 
 @lru_cache(maxsize=1)
 def _environment() -> jinja2.Environment:
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        finalize=_visible,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters |= {
-        "count": count, "percent": percent, "points": points, "p": p_value, "number": number, "bounds": bounds,
-        "place": _place, "split": _split, "weights": _weights, "short": lambda digest: digest[:SHORT],
-        "px": lambda value: f"{value:.1f}", "clamped": lambda value: min(1.0, max(0.0, value)),
-        "form_of": form_of, "tick": tick, "sentence": lambda text: text[:1].upper() + text[1:],
-    }  # fmt: skip
-    return environment
+    return environment(
+        Path(__file__).parent,
+        {
+            "number": number, "bounds": bounds, "place": _place, "split": _split, "weights": _weights,
+            "short": lambda digest: digest[:SHORT], "px": lambda value: f"{value:.1f}",
+            "clamped": lambda value: min(1.0, max(0.0, value)), "form_of": form_of, "tick": tick,
+            "sentence": lambda text: text[:1].upper() + text[1:],
+        },
+    )  # fmt: skip

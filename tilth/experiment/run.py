@@ -23,7 +23,7 @@ from tilth.experiment import plan, record
 from tilth.experiment.plan import Study
 
 ANSWERS, FROZEN = "answers", "frozen.json"
-EVALUATION_VERSION = 1  # raised by hand when the same checkpoint gives other choices
+EVALUATION_VERSION = 2  # raised by hand when the same checkpoint gives other choices
 _LOCK_WAIT_S = 60.0
 
 Line = Callable[[str], None]
@@ -66,7 +66,7 @@ def experiment(
 def _freeze(study: Study, folder: Path, on_line: Line) -> None:
     """Write down what will be asked before anything is trained, and hold to it."""
     path = folder / FROZEN
-    now = {"questions": study.question_hashes(), "evaluate": study.evaluate.model_dump(mode="json")}
+    now = {"questions": study.question_hashes, "evaluate": study.evaluate.model_dump(mode="json")}
     if path.exists():
         before = json.loads(path.read_bytes())
         kept = all(
@@ -222,6 +222,10 @@ def _train(task: _Training) -> str:
             if time.monotonic() > until:
                 raise
             time.sleep(1.0)
+    return _told(done)
+
+
+def _told(done: dict[str, Any]) -> str:
     last = done["phases"][-1]
     return f"loss {last['loss']:.3f} after {last['tokens']:,} tokens in {last['seconds']:.0f} s"
 
@@ -241,8 +245,7 @@ def _train_apart(task: _Training) -> str:
         ended = subprocess.run([sys.executable, "-m", "tilth", *words], capture_output=True, text=True, check=False)
     if ended.returncode:
         raise TilthError(f"a training failed: {(ended.stderr.strip().splitlines() or ['no reason given'])[-1]}")
-    last = json.loads(ended.stdout.splitlines()[-1])["phases"][-1]
-    return f"loss {last['loss']:.3f} after {last['tokens']:,} tokens in {last['seconds']:.0f} s"
+    return _told(json.loads(ended.stdout.splitlines()[-1]))
 
 
 def _ask(task: _Asking) -> str:
@@ -254,9 +257,17 @@ def _ask(task: _Asking) -> str:
         f"{task.name}={task.model}", task.suites, Path(task.folder), backend=task.backend, validation=task.validation
     )
     storage.commit_table(str(task.path.with_suffix(".parquet")), said.choices.to_arrow())
-    about = {"key": task.key(), "model": said.model, "loss": asdict(said.loss) if said.loss else None}
+    about = {
+        "key": task.key(), "identity": said.identity, "facts": said.facts, "left_out": said.left_out,
+        "loss": asdict(said.loss) if said.loss else None,
+    }  # fmt: skip
     storage.commit_bytes(str(task.path.with_suffix(".json")), json.dumps(about, indent=1).encode())
-    return f"{said.asked:,} asked" + (f", {said.reused:,} answered before" if said.reused else "")
+    left_out = sum(map(len, said.left_out.values()))
+    return (
+        f"{said.asked:,} asked"
+        + (f", {said.reused:,} answered before" if said.reused else "")
+        + (f", {left_out:,} questions left out (see models in {record.RECORD})" if left_out else "")
+    )
 
 
 def _set_threads(cpus: int) -> None:

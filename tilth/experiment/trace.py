@@ -22,7 +22,6 @@ from tilth.experiment.plan import DATA
 
 NGRAMS = (1, 2, 3)
 _BATCH = 50_000  # documents whose shingles are held at a time
-EXCERPT = 400
 
 
 @dataclass(frozen=True)
@@ -48,8 +47,9 @@ def trace(experiment: str, question: str, *, arm: str, seed: int | None = None, 
     Returns question, options, arm, seed and documents (`Traced` as dicts). UserError: no such question, arm or seed."""
     found = record.read(experiment)
     seed = found["seeds"][0] if seed is None else seed
-    if arm not in found["arms"]:
-        raise UserError(f"{experiment} has no arm {arm}: its arms are {', '.join(found['arms'])}")
+    arms = list(dict.fromkeys(row["arm"] for row in found["data"][0]["arms"]))
+    if arm not in arms:
+        raise UserError(f"{experiment} has no documents of an arm {arm}: its arms are {', '.join(arms)}")
     if seed not in found["seeds"]:
         raise UserError(f"{experiment} has no seed {seed}: its seeds are {', '.join(map(str, found['seeds']))}")
     asked = _question(Path(experiment), question)
@@ -66,7 +66,7 @@ def trace(experiment: str, question: str, *, arm: str, seed: int | None = None, 
 
 
 def nearest(run: Run, arm: str, text: str, n: int) -> list[Traced]:
-    """The documents of `arm` (all phases) with the highest scores."""
+    """The documents of `arm` (all phases) with the highest scores. Holds the arm's texts in memory."""
     uses = collect(
         run.provenance.filter(pl.col("arm") == arm)
         .group_by("id")
