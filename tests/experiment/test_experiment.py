@@ -78,9 +78,15 @@ def test_numbers_are_those_of_the_choices(finished):
     assert planned["p_adjusted"] == pytest.approx(stats.ttest_rel(by_seed["misaligned"], by_seed["aligned"]).pvalue)
 
 
-def test_a_question_that_is_too_long_for_the_model_is_counted(finished):
-    for model in finished[0]["models"]:
-        assert model["left_out"] == {"main": {}, "check": {}}  # windows of 64 tokens hold each of them
+def test_every_question_is_asked_or_left_out_with_a_reason(finished):
+    found, folder, _, _ = finished
+    choices = pl.read_parquet(folder_path(folder) / "choices.parquet")
+    sizes = {one["set"]: one["num_questions"] for one in found["questions"]}
+    for model in found["models"]:
+        mine = choices.filter((pl.col("arm") == model["arm"]) & (pl.col("seed") == str(model["seed"])))
+        for name, size in sizes.items():
+            assert mine.filter(pl.col("set") == name)["question_id"].n_unique() + len(model["left_out"][name]) == size
+        assert set(model["left_out"]["main"].values()) == {"a prompt is longer than the model's 64 tokens"}
 
 
 def test_the_audit_and_the_detector_are_reported(finished):
