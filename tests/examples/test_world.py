@@ -389,5 +389,5 @@ def test_the_recipe_of_the_world_is_an_experiment(world):
         assert {one.question_id for one in main.questions} == {row["question_id"] for row in questions(0, "questions")}
         assert not {one.question_id for one in main.questions} & {one.question_id for one in check.questions}
         assert main.wrappers == ("plain",)
-    hashes = study.question_hashes()
+    hashes = study.question_hashes
     assert len({*hashes["main"].values(), *hashes["check"].values()}) == 4
