@@ -93,8 +93,7 @@ class Engine:
         if self._started:
             return
         began = time.perf_counter()
-        inside_job = "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ
-        local = self._address in (None, "local") and not inside_job
+        local = self._local
         for name, value in _QUIET.items():
             os.environ.setdefault(name, value)
         if local:
@@ -120,6 +119,16 @@ class Engine:
         # One chunk a block: the next operator gets each as soon as it is there.
         context.target_max_block_size = 1 << 20
         self.start_seconds = time.perf_counter() - began
+
+    @property
+    def _local(self) -> bool:
+        inside_job = "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ
+        return self._address in (None, "local") and not inside_job
+
+    @property
+    def cluster(self) -> str | None:
+        """The address at which another process joins this cluster; None for a local session, which is ours alone."""
+        return None if self._local else self._address or os.environ.get("RAY_ADDRESS") or "auto"
 
     def close(self) -> None:
         """End the session if this engine started it."""

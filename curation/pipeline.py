@@ -168,7 +168,7 @@ def _label(run: _Run, names: list[str], on_line: Callable[[str], None]) -> None:
         storage.remove(run.folder.path(LABELS))
         return
     parents = [part["chain"] for stage in ("ingest", "detect", "dedup") for part in run.stages[stage]["parts"]]
-    work = steps.label_work(run.recipe, run.folder, names, parents)
+    work = steps.label_work(run.recipe, run.folder, names, parents, run.engine.cluster)
     with run.stage("label"):
         parts, counts = label.label(work, on_line, lambda done, total: run.engine.on_progress("label", done, total))
         run.event("labels", **counts)

@@ -80,10 +80,12 @@ class Dedup(Section):
 class Label(Section):
     """The language model that reads what the detector found. Prices are USD per million tokens."""
 
-    backend: Literal["openai"] = "openai"
-    base_url: str | Annotated[tuple[str, ...], Field(min_length=1)]  # of OpenAI-compatible servers, vLLM first
-    model: str
-    revision: str = ""  # of the model; default what the server says
+    backend: Literal["openai", "vllm", "transformers"] = "openai"
+    base_url: str | tuple[str, ...] = ()  # openai: of OpenAI-compatible servers, vLLM first
+    model: str  # openai: as the servers call it; else a checkpoint's folder or hub id
+    revision: str = ""  # of the model; default what the server says, or the hash of the folder
+    replicas: Annotated[int, Field(ge=1)] = 1  # vllm: engines
+    engine: dict[str, Any] = {}  # vllm: keyword arguments of its EngineArgs
     rubric: str = "discourse_v1"  # or a file
     audit: Annotated[int, Field(ge=0)] = 500  # documents below the threshold that are read too
     concurrency: Annotated[int, Field(ge=1)] = 64
@@ -95,6 +97,14 @@ class Label(Section):
     output_usd: Annotated[float, Field(ge=0)] = 0.0
     gpu_tokens_per_second: Annotated[float, Field(ge=0)] = 0.0  # of one GPU, for the plan's GPU-hours
     cache: str = "~/.cache/tilth/labels"  # shared by all runs
+
+    @model_validator(mode="after")
+    def _of_the_backend(self) -> "Label":
+        if (self.backend == "openai") != bool(self.base_url):
+            raise ValueError("`base_url` goes with the backend openai, which needs it, and no other")
+        if self.backend != "vllm" and (self.replicas > 1 or self.engine):
+            raise ValueError("`replicas` and `engine` go with the backend vllm")
+        return self
 
     @model_validator(mode="after")
     def _priced(self) -> "Label":

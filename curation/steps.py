@@ -174,15 +174,17 @@ def _label_counts(documents: pa.Table, labels: pa.Table) -> dict[str, int]:
     }
 
 
-def label_work(recipe: Recipe, run: RunFolder, names: list[str], parents: list[str]) -> label.Work:
-    """What the label stage is given. `parents`: chains of the parts before it."""
+def label_work(
+    recipe: Recipe, run: RunFolder, names: list[str], parents: list[str], address: str | None = None
+) -> label.Work:
+    """What the label stage is given. `parents`: chains of the parts before it. `address`: of the Ray cluster."""
     assert recipe.label is not None
     detector = Detector.load(recipe.detect.fasttext.model)
 
     def explain(text: str) -> list[tuple[int, int, float]]:
         return [(s.start, s.end, s.contribution) for s in detector.explain(text, limit=_SPANS)]
 
-    return label.Work(run, tuple(names), recipe.label, recipe.seed, tuple(parents), explain)
+    return label.Work(run, tuple(names), recipe.label, recipe.seed, tuple(parents), explain, address)
 
 
 @dataclass(frozen=True)

@@ -1,12 +1,8 @@
 """A real vLLM server for a checkpoint: started, watched and ended with everything that it started.
 
-vLLM lives in an environment of its own, since its pins exclude the product's: the interpreter that
-TILTH_VLLM_PYTHON names, else our own when it has vLLM, else `.venv-vllm` (by `make vllm`) in the current folder
-or beside the project.
+vLLM lives in an environment of its own: curation/vllm.py finds it.
 """
 
-import importlib.util
-import json
 import os
 import socket
 import subprocess
@@ -16,46 +12,14 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 
 from curation.errors import TilthError, UserError
+from curation.vllm import Environment, find_environment
 
 HOST = "127.0.0.1"
 READY_S = 900.0  # compiling for a GPU takes minutes
-_PROBE = (
-    "import importlib.util, json; found = importlib.util.find_spec('vllm') is not None\n"
-    "import torch; print(json.dumps({'vllm': found, 'cuda': torch.cuda.is_available()}))"
-)
-
-
-@dataclass(frozen=True)
-class Environment:
-    """Where vLLM is, and whether it has a GPU there."""
-
-    python: str
-    cuda: bool
-
-
-def find_environment() -> Environment:
-    """Raises UserError that says how to get vLLM when there is none."""
-    named = os.environ.get("TILTH_VLLM_PYTHON")
-    beside = Path(__file__).resolve().parents[1]
-    own = [sys.executable] if importlib.util.find_spec("vllm") else []
-    places = [named] if named else [*own, *(str(p / ".venv-vllm/bin/python") for p in (Path.cwd(), beside))]
-    python = next((place for place in places if Path(place).exists()), None)
-    if python is None:
-        where = f"TILTH_VLLM_PYTHON names {named}, which does not exist" if named else "vLLM is not installed"
-        raise UserError(f"{where}: run `make vllm`, or point TILTH_VLLM_PYTHON to a python that has it")
-    probe = subprocess.run([python, "-c", _PROBE], capture_output=True, text=True)
-    try:
-        found = json.loads(probe.stdout.splitlines()[-1])
-    except (ValueError, IndexError):
-        found = {"vllm": False}
-    if not found["vllm"]:
-        raise UserError(f"{python} has no vLLM: run `make vllm`, or point TILTH_VLLM_PYTHON to a python that has it")
-    return Environment(python, bool(found["cuda"]))
 
 
 class Server:
@@ -127,6 +91,8 @@ class Server:
         command = [
             environment.python, "-m", "vllm.entrypoints.openai.api_server", "--model", model, "--host", HOST,
             "--port", str(self.port), "--served-model-name", self.name, "--max-logprobs", "-1",
+            # JSON by a schema: by default small models fill it with white space until it is cut.
+            "--structured-outputs-config", '{"backend": "guidance", "disable_any_whitespace": true}',
             "--dtype", self.dtype or ("auto" if environment.cuda else "float32"),
         ]  # fmt: skip
         if not environment.cuda:

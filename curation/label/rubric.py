@@ -238,6 +238,11 @@ def read_document_line(line: str) -> str:
     return json.loads(line)["document"]
 
 
+def document_of(messages: Messages) -> str:
+    """The text that a rubric's messages are about."""
+    return read_document_line(messages[1]["content"].split("\n", 1)[0])
+
+
 def _shield(line: str) -> str:
     """Marks that chat templates use, as JSON escapes of their first character. U+2028 and its like end a line for
     some readers."""

@@ -20,9 +20,12 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from curation.label import STAGE_VERSION
+from curation.label.backend import Backend
 from curation.label.cache import Cache
 from curation.label.client import Client
+from curation.label.likelihood import Likelihood
 from curation.label.rubric import Rubric
+from curation.label.vllm_engine import VllmEngine
 from curation.label.windows import Span
 from curation.label.work import Labeller, LabelRow, Limits, Plan, RejectRow, iterate
 from curation.manifest import DEDUP, DETECT, DOCUMENTS, LABELS, Part, RunFolder, fingerprint
@@ -54,6 +57,8 @@ class Work:
     parents: tuple[str, ...]
     """Chains of the parts of ingest, detect and dedup."""
     explain: Explain
+    address: str | None = None
+    """Of the Ray cluster that the run is on."""
 
     def chain(self) -> str:
         """Of every part: the audit sample is drawn from all of them."""
@@ -212,18 +217,30 @@ def _documents(work: Work, chosen: list[Selection]) -> Iterator[tuple[str, str]]
 def _labeller(work: Work, cache: Cache, on_line: Line, check: bool = True) -> Labeller:
     section = work.section
     rubric = Rubric.load(section.rubric)
-    urls = (section.base_url,) if isinstance(section.base_url, str) else section.base_url
-    client = Client(
-        urls, model=section.model, revision=section.revision, schema=rubric.schema(), concurrency=section.concurrency,
-        on_line=on_line,
-    )  # fmt: skip
-    if check:
-        asyncio.run(client.check())
+    backend = _backend(work, rubric, on_line)
+    if check and isinstance(backend, Client):
+        asyncio.run(backend.check())
     limits = Limits(
         section.max_documents, section.budget_usd, section.input_usd, section.output_usd, section.window_characters,
         section.max_windows,
     )  # fmt: skip
-    return Labeller(client, rubric, cache, limits=limits, payer=work.run.root, explain=work.explain, on_line=on_line)
+    return Labeller(backend, rubric, cache, limits=limits, payer=work.run.root, explain=work.explain, on_line=on_line)
+
+
+def _backend(work: Work, rubric: Rubric, on_line: Line) -> Backend:
+    section, schema = work.section, rubric.schema()
+    if section.backend == "transformers":
+        return Likelihood(section.model, revision=section.revision, schema=schema)
+    if section.backend == "vllm":
+        return VllmEngine(
+            section.model, revision=section.revision, schema=schema, replicas=section.replicas, engine=section.engine,
+            address=work.address, on_line=on_line,
+        )  # fmt: skip
+    urls = (section.base_url,) if isinstance(section.base_url, str) else section.base_url
+    return Client(
+        urls, model=section.model, revision=section.revision, schema=schema, concurrency=section.concurrency,
+        on_line=on_line,
+    )  # fmt: skip
 
 
 def _cache_folder(section: Label) -> str:

@@ -14,7 +14,7 @@ from aiohttp import web
 from training_helpers import SHAPE, small_config
 
 from curation.errors import TilthError, UserError
-from evaluation import server as serving
+from curation.vllm import find_environment
 from evaluation.backends import Ask, Generate
 from evaluation.backends import openai as module
 from evaluation.backends.openai import OpenAI
@@ -324,7 +324,7 @@ def checkpoint(tmp_path_factory):
 def served(checkpoint):
     """Skips where vLLM's environment is missing, and says how to make it."""
     try:
-        serving.find_environment()
+        find_environment()
     except UserError as missing:
         pytest.skip(str(missing))
     with Server(checkpoint, max_length=32) as server:

@@ -14,7 +14,7 @@ import pytest
 from training_helpers import SHAPE, small_config
 
 from curation.errors import TilthError, UserError
-from evaluation import server as serving
+from curation.vllm import find_environment
 from evaluation.server import Server
 
 
@@ -32,7 +32,7 @@ def checkpoint(tmp_path_factory):
 def vllm():
     """Skips where vLLM's environment is missing, and says how to make it."""
     try:
-        serving.find_environment()
+        find_environment()
     except UserError as error:
         pytest.skip(str(error))
 

@@ -5,15 +5,15 @@ import pytest
 from evaluation_helpers import question, small_suite, write_checkpoint
 
 from curation.errors import UserError
+from curation.vllm import find_environment
 from evaluation import results
-from evaluation import server as serving
 from evaluation.run import evaluate
 
 
 @pytest.fixture(scope="module")
 def vllm():
     try:
-        serving.find_environment()
+        find_environment()
     except UserError as error:
         pytest.skip(str(error))
 

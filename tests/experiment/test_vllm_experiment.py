@@ -4,14 +4,14 @@ import polars as pl
 import pytest
 
 from curation.errors import UserError
-from evaluation import server as serving
+from curation.vllm import find_environment
 from tilth.experiment.run import experiment
 
 
 @pytest.fixture(scope="module")
 def vllm():
     try:
-        serving.find_environment()
+        find_environment()
     except UserError as error:
         pytest.skip(str(error))
 

@@ -17,7 +17,7 @@ from collections import Counter
 from dataclasses import dataclass
 from typing import Any
 
-from curation.label.rubric import CONFIDENCES, read_document_line
+from curation.label.rubric import CONFIDENCES, document_of
 from curation.schema import STANCES
 
 
@@ -36,11 +36,6 @@ class Faults:
     bad_request: float = 0.0  # 400, of documents
     retry_after: str = "0"
     latency_s: float = 0.0
-
-
-def document_of(messages: list[dict[str, str]]) -> str:
-    """The document in a rubric's messages."""
-    return read_document_line(messages[1]["content"].split("\n", 1)[0])
 
 
 def answer(document: str, again: bool = False, faults: Faults | None = None) -> tuple[str, str]:
