@@ -165,6 +165,7 @@ def _dedup(run: _Run, names: list[str]) -> None:
 def _label(run: _Run, names: list[str], on_line: Callable[[str], None]) -> None:
     """What a language model says of what the detector found, where the recipe names one."""
     if run.recipe.label is None:
+        run.folder.drop_parts(LABELS, ())  # with their quarantine rows
         storage.remove(run.folder.path(LABELS))
         return
     parents = [part["chain"] for stage in ("ingest", "detect", "dedup") for part in run.stages[stage]["parts"]]

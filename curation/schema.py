@@ -46,7 +46,7 @@ REJECT = pa.schema(
         _field("file", pa.string(), "path relative to the input's glob root"),
         _field("position", pa.int64(), "byte offset or row number; -1 when the whole file is meant"),
         _field("source_id", pa.string(), "the record's own id, where it could be read", nullable=True),
-        _field("reason", pa.string(), "one of REJECT_REASONS"),
+        _field("reason", pa.string(), "one of REJECT_REASONS, or label_ and why a document has no label (label.work)"),
         _field("detail", pa.string(), "one sentence for a person", nullable=True),
         _field("head", pa.large_binary(), "first 4 KiB of the record, as bytes", nullable=True),
     ]

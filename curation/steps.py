@@ -179,12 +179,13 @@ def label_work(
 ) -> label.Work:
     """What the label stage is given. `parents`: chains of the parts before it. `address`: of the Ray cluster."""
     assert recipe.label is not None
+    return label.Work(run, tuple(names), recipe.label, recipe.seed, tuple(parents), explainer(recipe), address)
+
+
+def explainer(recipe: Recipe) -> label.Explain:
+    """What the recipe's detector finds telling in a text, for the windows of long documents."""
     detector = Detector.load(recipe.detect.fasttext.model)
-
-    def explain(text: str) -> list[tuple[int, int, float]]:
-        return [(s.start, s.end, s.contribution) for s in detector.explain(text, limit=_SPANS)]
-
-    return label.Work(run, tuple(names), recipe.label, recipe.seed, tuple(parents), explain, address)
+    return lambda text: [(s.start, s.end, s.contribution) for s in detector.explain(text, limit=_SPANS)]
 
 
 @dataclass(frozen=True)

@@ -340,19 +340,37 @@ def verify(
 
 @detect_app.command("train")
 def detect_train(
-    labelled: Annotated[list[str], typer.Argument(help="JSON lines (.gz, .zst) with `text` and `stance`.")],
     output: Annotated[
         str, typer.Option("-o", "--output", help="Model to write, NAME.bin; its card goes beside it as NAME.json.")
     ],
+    labelled: Annotated[
+        list[str] | None, typer.Argument(help="JSON lines (.gz, .zst) with `text` and `stance`.")
+    ] = None,
+    from_run: Annotated[
+        str, typer.Option(help="Train on what a language model said in this run, beside LABELLED if given.")
+    ] = "",
+    human: Annotated[
+        str, typer.Option(help="With --from-run: human labels of its documents, which are left out and measured on.")
+    ] = "",
     seed: Annotated[int, typer.Option(help="Seed of the split and of training.")] = 0,
     as_json: Annotated[bool, typer.Option("--json", help="End with the held-out report as one JSON line.")] = False,
 ) -> None:
     """Train a fastText detector, with a report on documents held out."""
     from curation.detect.train import train
-    from tilth.terminal import print_detector_report
+    from curation.distil import distil
+    from tilth.terminal import print_detector_gain, print_detector_report
 
-    report = train(labelled, output, seed=seed)
+    if not (labelled or from_run):
+        raise UserError("nothing to train on: give LABELLED files, --from-run RUN, or both")
+    if human and not from_run:
+        raise UserError("--human goes with --from-run: it names documents of that run")
+    if from_run:
+        report = distil(from_run, output, labelled=labelled or (), human=human or None, seed=seed)
+    else:
+        report = train(labelled or (), output, seed=seed)
     print_detector_report(report)
+    if from_run:
+        print_detector_gain(report)
     _print_json(report, as_json)
 
 
@@ -385,13 +403,20 @@ def label_agreement(
     human: Annotated[str, typer.Argument(help="JSON lines with `id` (or source_id) and `stance`, one a document.")],
     as_json: Annotated[bool, typer.Option("--json", help="End with all figures as one JSON line.")] = False,
 ) -> None:
-    """The labels of a run against human ones: confusion, kappa, calibration, prevalence, recall; with intervals."""
+    """The labels of a run against human ones: confusion, kappa, calibration, prevalence, recall; with intervals.
+
+    Printed, and as agreement.html in the run folder.
+    """
     from curation import open_run
-    from curation.inspection.human import agreement_facts
+    from curation.inspection.human import judge
+    from curation.inspection.quality import write_agreement
     from tilth.terminal import print_agreement
 
-    facts = agreement_facts(open_run(run), human)
+    opened = open_run(run)
+    judged = judge(opened, human)
+    facts = judged.facts()
     print_agreement(facts)
+    _say(f"page: {write_agreement(opened, judged)}")
     _print_json(facts, as_json)
 
 

@@ -223,6 +223,27 @@ def print_detector_report(card: dict[str, Any]) -> None:
     console.print(f"calibration error (ECE) {report['calibration_error']:.3f}")
 
 
+def print_detector_gain(card: dict[str, Any]) -> None:
+    """The run's detector against the one trained on its labels. Brackets are 95 % intervals."""
+    found = card["gain"]
+    if not found["documents"]:
+        console.print("no label of the run was held out: too few of them to say what was gained")
+    else:
+        table = _table(f"{found['documents']:,} labels of the run, held out", ["figure"], ["before", "after", "gain"])
+        for key, name in (("discourse_f1", "AI discourse F1"), ("macro_f1", "macro-F1")):
+            row = found[key]
+            table.add_row(
+                name, f"{row['before']:.3f}", f"{row['after']:.3f}",
+                f"{row['value']:+.3f} [{row['low']:+.3f}, {row['high']:+.3f}]",
+            )  # fmt: skip
+        console.print(table)
+    if human := card.get("human"):
+        table = _table(f"{human['documents']:,} human labels, left out", ["figure"], ["before", "after"])
+        for key, name in (("macro_f1", "macro-F1"), ("accuracy", "accuracy"), ("kappa", "kappa")):
+            table.add_row(name, *[_figure(human[side][key]) for side in ("before", "after")])
+        console.print(table)
+
+
 def print_agreement(facts: dict[str, Any]) -> None:
     """Labels of a run against human ones. Brackets are 95 % intervals."""
     console.print(facts["matching"]["told"], markup=False, soft_wrap=True)
@@ -230,6 +251,9 @@ def print_agreement(facts: dict[str, Any]) -> None:
     console.print()
     if calibration := facts["agreement"]["calibration"]:
         _print_calibration(calibration)
+        console.print()
+    if levels := facts["agreement"]["confidence_levels"]:
+        _print_levels(levels)
         console.print()
     _print_prevalence(facts["prevalence"])
     console.print()
@@ -268,7 +292,7 @@ def _print_calibration(calibration: dict[str, Any]) -> None:
     for row in calibration["bins"]:
         right = {"value": row["true"], "low": row["low"], "high": row["high"]}
         bins.add_row(
-            f"{row['first']:.2f} to {row['last']:.2f}", "█" * round(20 * row["true"]), f"{row['predicted']:.2f}",
+            f"{row['first']:.3f} to {row['last']:.3f}", "█" * round(20 * row["true"]), f"{row['predicted']:.3f}",
             _figure(right), f"{row['num_documents']:,}",
         )  # fmt: skip
     console.print(bins)
@@ -277,6 +301,14 @@ def _print_calibration(calibration: dict[str, Any]) -> None:
         f"{calibration['if_calibrated']:.2f} here, rarely over {calibration['if_calibrated_high']:.2f}",
         markup=False,
     )
+
+
+def _print_levels(levels: list[dict[str, Any]]) -> None:
+    table = _table("the language model's confidence and what was right", ["it says"], ["documents", "right", "share"])
+    for row in levels:
+        share = {"value": row["share"], "low": row["low"], "high": row["high"]}
+        table.add_row(row["name"], f"{row['documents']:,}", f"{row['right']:,}", _figure(share))
+    console.print(table)
 
 
 def _print_prevalence(shares: dict[str, Any]) -> None:

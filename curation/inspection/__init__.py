@@ -5,6 +5,7 @@ why.py       Run.why: everything the run knows about one document
 agreement.py labels against the truth: confusion, kappa, calibration, with intervals
 prevalence.py shares of a corpus corrected for errors, recall lost by a stage
 human.py     human labels of a run's documents, and what the two above say of them
+quality.py   agreement.html
 excerpts.py  pieces of document text that are safe and short enough to show
 facts.py     the aggregates that the report shows
 report.py    report.html

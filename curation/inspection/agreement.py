@@ -6,6 +6,7 @@
     binary                   the same for "is AI discourse": every class but `unrelated` as one
     ECE                      expected calibration error (Naeini et al. 2015; Guo et al. 2017) of the confidence in the
                              given label, over bins of equal mass (less biased than equal width: Roelofs et al. 2022)
+    confidence levels        what share is right of the labels of which a language model said low, medium or high
 
 **Intervals** are 95 % and about other documents drawn like these: percentile bootstrap over documents, 1,999 draws
 (Efron & Tibshirani 1993, ch. 13). All but ECE are functions of the confusion matrix, and documents drawn with
@@ -41,6 +42,7 @@ ALPHA = 0.05
 NUM_DRAWS = 1_999
 MAX_BINS, MIN_PER_BIN = 10, 15  # fewer bins while one would hold fewer documents
 _CELLS_AT_ONCE = 1 << 22  # of a [draws, documents] array: bounds memory to some 64 MiB
+LEVELS = ("low", "medium", "high")  # of schema.LLM_LABEL's confidence, from weak to strong
 _TINY = 1e-12
 
 Floats = NDArray[np.float64]
@@ -100,6 +102,19 @@ class Calibration:
 
 
 @dataclass(frozen=True)
+class Level:
+    """Labels of one stated confidence. A level claims no probability: what share is right is all its calibration."""
+
+    name: str
+    documents: int
+    right: int
+    share: float | None
+    low: float | None
+    high: float | None
+    """95 % of `share`, Clopper-Pearson; None without documents."""
+
+
+@dataclass(frozen=True)
 class Binary:
     """AI discourse or not. `confusion`: rows truth, columns label; first unrelated, then discourse."""
 
@@ -127,18 +142,30 @@ class Agreement:
     binary: Binary | None
     """None where `unrelated` is not among the classes."""
     calibration: Calibration | None
-    """None where no label has a confidence."""
+    """None where no label has a probability."""
+    confidence_levels: tuple[Level, ...] = ()
+    """All of LEVELS; none where no label has one."""
+
+    def _repr_html_(self) -> str:
+        from curation.inspection.pages import render
+
+        return render("notebook.html.j2", agreement=self, prevalence=None)
 
 
 def agreement(
-    truth: pl.Series, labels: pl.Series, confidence: pl.Series | None = None, stances: Sequence[str] = STANCES
+    truth: pl.Series,
+    labels: pl.Series,
+    confidence: pl.Series | None = None,
+    stances: Sequence[str] = STANCES,
+    levels: pl.Series | None = None,
 ) -> Agreement:
     """Agreement of `labels` with `truth`, both strings of `stances`, one each per document. `confidence`: the
-    probability (0..1) that each label claims for itself, null where it claims none.
+    probability (0..1) that each label claims for itself, null where it claims none. `levels`: one of LEVELS for each
+    label of a language model, else null.
 
     Raises UserError when there are no documents, the lengths differ, or a value is null or no stance."""
-    if len(truth) != len(labels) or (confidence is not None and len(confidence) != len(truth)):
-        sizes = [len(truth), len(labels)] + ([] if confidence is None else [len(confidence)])
+    sizes = [len(column) for column in (truth, labels, confidence, levels) if column is not None]
+    if len(set(sizes)) > 1:
         raise UserError(f"truth, labels and confidence are of {', '.join(map(str, sizes))} documents: give one of each")
     if not len(truth):
         raise UserError("agreement needs labels, and there is no document that has both a label and the truth")
@@ -158,7 +185,25 @@ def agreement(
         tuple(stances), len(truth), _rows(counts_KK), classes, _macro(counts_KK, draws_DKK, present),
         tuple(c.name for c in present), _accuracy(counts_KK, draws_DKK), _kappa(counts_KK, draws_DKK),
         _binary(counts_KK, draws_DKK, stances.index(UNRELATED)) if UNRELATED in stances else None, calibration,
+        () if levels is None else confidence_levels(levels, indices[0] == indices[1]),
     )  # fmt: skip
+
+
+def confidence_levels(levels: pl.Series, correct: NDArray[np.bool_]) -> tuple[Level, ...]:
+    """Of the labels at each of LEVELS, how many are `correct`; nothing where no label has a level."""
+    unknown = levels.filter(levels.is_not_null() & ~levels.cast(pl.String).is_in(LEVELS))
+    if len(unknown):
+        raise UserError(f"{unknown[0]!r} is no confidence: known are {', '.join(LEVELS)}")
+    if not levels.is_not_null().any():
+        return ()
+
+    def level(name: str) -> Level:
+        of = (levels.cast(pl.String) == name).fill_null(value=False).to_numpy()
+        num, right = int(of.sum()), int(correct[of].sum())
+        share, low, high = (right / num, *clopper_pearson(right, num)) if num else (None, None, None)
+        return Level(name, num, right, share, low, high)
+
+    return tuple(level(name) for name in LEVELS)
 
 
 def calibrated(confidence: Floats, correct: NDArray[np.bool_]) -> Calibration:

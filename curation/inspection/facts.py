@@ -13,7 +13,7 @@ import polars as pl
 
 from curation.errors import TilthError
 from curation.inspection.excerpts import Piece, Span, char_offsets, differences, excerpt, shorten, term_span
-from curation.inspection.run import DISCOURSE, Run, collect
+from curation.inspection.run import DISCOURSE, GIVEN, MODEL, STUDENT, Run, collect, whose_expression
 from curation.schema import POOL, STANCES
 
 BINS = 20
@@ -44,6 +44,53 @@ class Stance(NamedTuple):
     @property
     def documents(self) -> int:
         return self.background + self.pool
+
+
+class Standing(NamedTuple):
+    """Background documents that dedup kept, of one effective stance, by whose it is; `name` None = no stance counts."""
+
+    name: str | None
+    given: int
+    model: int
+    student: int
+    documents: int
+
+
+class Missed(NamedTuple):
+    """What an audit of the documents below the threshold says of all of them: kept background without a given stance.
+    `discourse` of the `answered` are AI discourse to the language model, a share of `share` (95 %: `low` to `high`,
+    Clopper-Pearson); None where none was answered."""
+
+    documents: int
+    audited: int
+    answered: int
+    discourse: int
+    share: float | None
+    low: float | None
+    high: float | None
+
+
+class Asked(NamedTuple):
+    """What became of the documents that a language model was to read: asked = labelled + errors + not reached."""
+
+    asked: int
+    audited: int
+    labelled: int
+    not_reached: int
+    errors: tuple[tuple[str, int], ...]
+    """By class, the most frequent first."""
+    missed: Missed
+
+
+class Labels(NamedTuple):
+    """`stances` adds up to the background documents that dedup kept; `asked` is None without a label stage."""
+
+    stances: tuple[Standing, ...]
+    asked: Asked | None
+
+    @property
+    def documents(self) -> int:
+        return sum(s.documents for s in self.stances)
 
 
 class Term(NamedTuple):
@@ -97,8 +144,12 @@ class Sample(NamedTuple):
 
     id: str
     source: str
-    given: bool
+    whose: str
+    """Whose the stance is: run.GIVEN, MODEL or STUDENT."""
     probability: float
+    """The student's, of this stance."""
+    level: str | None
+    """The language model's confidence."""
     pieces: list[Piece]
 
 
@@ -123,6 +174,7 @@ class Facts(NamedTuple):
     sources: tuple[Source, ...]
     other_sources: int
     stances: tuple[Stance, ...]
+    labels: Labels
     histogram: tuple[int, ...]
     categories: tuple[Category, ...]
     dedup: Dedup
@@ -133,12 +185,13 @@ class Facts(NamedTuple):
 def gather(run: Run) -> Facts:
     """All facts about a run. Raises TilthError when one of its files cannot be read."""
     aligned = pl.concat([run.labels.drop("part"), run.clusters.select("kept", "how")], how="horizontal")
-    rows = aligned.with_columns(discourse=DISCOURSE, pool=pl.col("role") == POOL)
+    rows = aligned.with_columns(discourse=DISCOURSE, above=pl.col("discourse"), pool=pl.col("role") == POOL)
     sources = _sources(rows)
     return Facts(
         sources[:MAX_SOURCES],
         max(0, len(sources) - MAX_SOURCES),
         _stances(rows),
+        Labels(_standings(rows, labelled=run.labelled), _asked(rows) if run.labelled else None),
         _histogram(rows),
         _categories(rows),
         _dedup(run),
@@ -160,6 +213,48 @@ def _stances(rows: pl.LazyFrame) -> tuple[Stance, ...]:
     counts = {(stance, pool): n for stance, pool, n in table.iter_rows()}
     names = (*STANCES, None)
     return tuple(Stance(name, counts.get((name, False), 0), counts.get((name, True), 0)) for name in names)
+
+
+def _standings(rows: pl.LazyFrame, *, labelled: bool) -> tuple[Standing, ...]:
+    among = rows.filter(pl.col("kept") & ~pl.col("pool"))
+    table = collect(among.group_by("stance", whose=whose_expression(labelled=labelled)).len())
+    counts = {(stance, whose): n for stance, whose, n in table.iter_rows()}
+
+    def standing(name: str | None) -> Standing:
+        given, model, student, nobody = (counts.get((name, whose), 0) for whose in (GIVEN, MODEL, STUDENT, None))
+        return Standing(name, given, model, student, given + model + student + nobody)
+
+    return tuple(standing(name) for name in (*STANCES, None))
+
+
+def _asked(rows: pl.LazyFrame) -> Asked:
+    answered = pl.col("llm_stance").is_not_null()
+    table = collect(rows.filter("asked").group_by("error", "audit", answered=answered).len())
+    counts = list(table.iter_rows(named=True))
+
+    def total(**wanted: Any) -> int:
+        return sum(row["len"] for row in counts if all(row[key] == value for key, value in wanted.items()))
+
+    errors = [(error, total(error=error)) for error in {row["error"] for row in counts} - {None}]
+    return Asked(
+        total(), total(audit=True), total(answered=True), total(answered=False, error=None),
+        tuple(sorted(errors, key=lambda pair: (-pair[1], pair[0]))), _missed(rows),
+    )  # fmt: skip
+
+
+def _missed(rows: pl.LazyFrame) -> Missed:
+    from curation.inspection.agreement import UNRELATED, clopper_pearson  # scipy.stats, which only an audit needs
+
+    # The documents that the audit drew from (label/stage.py), without the pools, which are no part of the corpus.
+    below = rows.filter(pl.col("kept") & pl.col("given_stance").is_null() & ~pl.col("above") & ~pl.col("pool"))
+    audited, answered = pl.col("audit"), pl.col("audit") & pl.col("llm_stance").is_not_null()
+    discourse = answered & (pl.col("llm_stance") != UNRELATED)
+    columns = {"audited": audited, "answered": answered, "discourse": discourse}
+    sums = [column.sum().cast(pl.Int64).alias(name) for name, column in columns.items()]
+    found = collect(below.select(pl.len().cast(pl.Int64).alias("documents"), *sums)).row(0, named=True)
+    num, hits = found["answered"], found["discourse"]
+    share, low, high = (hits / num, *clopper_pearson(hits, num)) if num else (None, None, None)
+    return Missed(**found, share=share, low=low, high=high)
 
 
 def _histogram(rows: pl.LazyFrame) -> tuple[int, ...]:
@@ -228,8 +323,9 @@ def _least_similar_pair(run: Run) -> Pair | None:
 
 
 def _rejects(run: Run) -> tuple[Rejects, ...]:
-    """Every quarantine reason, most records first."""
-    counts = collect(run.quarantine.group_by("reason").len()).sort("len", "reason", descending=[True, False])
+    """Every reason why a record is no document, most records first. What has no label is one: `_asked` counts it."""
+    records = run.quarantine.filter(~pl.col("reason").str.starts_with("label_"))
+    counts = collect(records.group_by("reason").len()).sort("len", "reason", descending=[True, False])
     return tuple(_reject(run, reason, records) for reason, records in counts.iter_rows())
 
 
@@ -249,7 +345,9 @@ def _samples(run: Run, stance: str) -> list[Sample]:
         # What little speaks for AI discourse in a document that is none would only mislead.
         spans = _term_spans(text, row["hits"] or []) + (_evidence_spans(run, text) if row["discourse"] else [])
         pieces = excerpt(text, spans, EXCERPT_CHARS)
-        samples.append(Sample(row["id"], row["source"], row["given_stance"] is not None, row[f"p_{stance}"], pieces))
+        whose = GIVEN if row["given_stance"] else MODEL if row.get("llm_stance") else STUDENT
+        level = row["confidence"] if whose == MODEL else None
+        samples.append(Sample(row["id"], row["source"], whose, row[f"p_{stance}"], level, pieces))
     return samples
 
 

@@ -9,7 +9,8 @@ A record with an id and nothing else that says something (null counts as nothing
 filled in: counted, not used. What is not found is counted with its reason.
 
 The run's label of a document is its effective stance or, without one, the student's most probable class. Its
-confidence is the student's probability of that class; a given stance and a language model's have none. Prevalence and
+confidence is the student's probability of that class, or the level (low, medium, high) that the language model said; a
+given stance has neither. Prevalence and
 the detector's recall are about the background documents that dedup kept, which is what the mix draws from and what
 audits sample.
 """
@@ -24,7 +25,7 @@ import numpy as np
 import polars as pl
 
 from curation.errors import UserError
-from curation.inspection.agreement import UNRELATED, Agreement, Counts, agreement
+from curation.inspection.agreement import LEVELS, UNRELATED, Agreement, Counts, agreement
 from curation.inspection.excerpts import one_line, shorten, visible
 from curation.inspection.prevalence import Prevalence, Recall, Stratum, prevalence, recall, uncorrected
 from curation.records import read_records
@@ -36,6 +37,7 @@ if TYPE_CHECKING:
 EXCERPT_CHARS = 300
 MAX_EXAMPLES = 3
 ABOVE, BELOW = "above the threshold", "below the threshold"
+LIKELIEST = "the student's likeliest"  # a label that is not sure enough to stand as the document's stance
 
 BLANK = "no label in the record"
 NOT_HERE = "no document has this id or source_id"
@@ -72,6 +74,48 @@ class Matched:
     matching: Matching
 
 
+@dataclass(frozen=True)
+class Judged:
+    """A run's labels beside people's: what the command prints and agreement.html shows."""
+
+    human: str
+    matched: Matched
+    agreement: Agreement
+    prevalence: Prevalence | None
+    prevalence_reason: str | None
+    """Why `prevalence` is None: the labelled documents do not allow it."""
+    recalls: tuple[Recall, ...]
+
+    def facts(self) -> dict[str, Any]:
+        """Everything as plain dicts. `prevalence` is {"reason": …} where there is none."""
+        matching = self.matched.matching
+        shares = {"reason": self.prevalence_reason} if self.prevalence is None else asdict(self.prevalence)
+        facts = {
+            "human": self.human,
+            "matching": {**asdict(matching), "told": matching.told()},
+            "agreement": asdict(self.agreement),
+            "prevalence": shares,
+            "recall": [asdict(stage) for stage in self.recalls],
+        }
+        return json.loads(json.dumps(facts))  # tuples as lists: the same facts, read back or not
+
+
+def judge(run: "Run", human: str) -> Judged:
+    """All that the human labels in the file `human` say of the run's. Raises UserError as `match` does."""
+    matched = match(run, human)
+    shares, reason = None, None
+    try:
+        shares = _prevalence(run, matched.rows)
+    except UserError as error:
+        reason = str(error)
+    return Judged(human, matched, _agreement(matched.rows), shares, reason, _recalls(run, matched.rows))
+
+
+def agreement_facts(run: "Run", human: str) -> dict[str, Any]:
+    """Everything about the quality of the run's labels, as plain dicts: matching, agreement, prevalence, recall."""
+    return judge(run, human).facts()
+
+
 def run_agreement(run: "Run", human: str) -> Agreement:
     """The run's labels against the human labels in the file `human`."""
     return _agreement(match(run, human).rows)
@@ -91,10 +135,17 @@ def run_recall(run: "Run", human: str) -> tuple[Recall, ...]:
 
 def disagreements(run: "Run", human: str) -> pl.DataFrame:
     """Documents whose label is not the human one, the most confident first: id, source_id, text (its beginning),
-    truth, label, probability (of the label; null where the stance was given)."""
-    rows = match(run, human).rows.filter(pl.col("truth") != pl.col("label"))
-    rows = rows.select("id", "source_id", "truth", "label", "probability")
-    rows = rows.sort("probability", "id", descending=[True, False], nulls_last=True)
+    truth, label, whose it is, the student's `probability` or the language model's `level` (null for another's)."""
+    return disagreeing(run, match(run, human).rows)
+
+
+def disagreeing(run: "Run", rows: pl.DataFrame, at_most: int | None = None) -> pl.DataFrame:
+    """`disagreements` of matched rows, the first `at_most`. The language model's come before the student's: a level and
+    a probability do not compare."""
+    rows = rows.filter(pl.col("truth") != pl.col("label"))
+    rank = pl.col("level").replace_strict({name: k for k, name in enumerate(LEVELS)}, return_dtype=pl.Int32)
+    rows = rows.sort(rank, "probability", "id", descending=[True, True, False], nulls_last=True)[:at_most]
+    rows = rows.select("id", "source_id", "truth", "label", "whose", "probability", "level")
     among = run.documents.filter(pl.col("id").is_in(rows["id"].implode()))
     # Cut before it is collected: a text may be of any length.
     texts = _collect(among.select("id", text=pl.col("text").str.slice(0, 4 * EXCERPT_CHARS)))
@@ -103,31 +154,15 @@ def disagreements(run: "Run", human: str) -> pl.DataFrame:
     return rows.insert_column(2, text)
 
 
-def agreement_facts(run: "Run", human: str) -> dict[str, Any]:
-    """Everything about the quality of the run's labels, as plain dicts: matching, agreement, prevalence, recall.
-    `prevalence` is {"reason": …} where the labelled documents do not allow it."""
-    matched = match(run, human)
-    found = _agreement(matched.rows)
-    try:
-        shares = asdict(_prevalence(run, matched.rows))
-    except UserError as error:
-        shares = {"reason": str(error)}
-    facts = {
-        "human": human,
-        "matching": {**asdict(matched.matching), "told": matched.matching.told()},
-        "agreement": asdict(found),
-        "prevalence": shares,
-        "recall": [asdict(stage) for stage in _recalls(run, matched.rows)],
-    }
-    return json.loads(json.dumps(facts))  # tuples as lists: the same facts, read back or not
-
-
 # The run's labels.
 
 
 def labelled(run: "Run") -> pl.LazyFrame:
-    """Every document: id, source, source_id, `label` and its `probability`, and what the stages did with it: `above`
-    the detect threshold, `background`, `kept` by dedup, `discourse`, and `represented`: AI discourse is kept for it."""
+    """Every document: id, source, source_id, `label`, whose it is, its `probability` or `level` where it has one, and
+    what the stages did with the document: `above` the detect threshold, `background`, `kept` by dedup, `discourse`, and
+    `represented`: AI discourse is kept for it."""
+    from curation.inspection.run import MODEL, STUDENT, whose_expression
+
     student = pl.concat_list(f"p_{s}" for s in STANCES)
     best = student.list.arg_max().replace_strict(dict(enumerate(STANCES)), return_dtype=pl.String)
     parts = [
@@ -135,13 +170,15 @@ def labelled(run: "Run") -> pl.LazyFrame:
         run.documents.select("source_id"),
         run.clusters.select("kept", "how", "cluster_discourse"),
     ]
-    rows = pl.concat(parts, how="horizontal").with_columns(label=pl.coalesce("stance", best))
-    by_student = pl.col("given_stance").is_null() & (pl.col("label") == best)
-    if run.labelled:  # what the language model said has no probability
-        by_student &= pl.col("llm_stance").is_null()
+    rows = pl.concat(parts, how="horizontal").with_columns(
+        label=pl.coalesce("stance", best),
+        whose=pl.coalesce(whose_expression(labelled=run.labelled), pl.lit(LIKELIEST)),
+    )
+    level = pl.when(pl.col("whose") == MODEL).then("confidence") if run.labelled else pl.lit(None, pl.String)
     return rows.select(
-        "id", "source", "source_id", "label", "kept",
-        probability=pl.when(by_student).then(student.list.max().clip(0, 1)),
+        "id", "source", "source_id", "label", "whose", "kept",
+        probability=pl.when(pl.col("whose").is_in([STUDENT, LIKELIEST])).then(student.list.max().clip(0, 1)),
+        level=level,
         above="discourse",
         background=pl.col("role") == BACKGROUND,
         discourse=discourse_expression("stance"),
@@ -162,7 +199,7 @@ def _confusion(rows: pl.DataFrame) -> Counts:
 
 
 def _agreement(rows: pl.DataFrame) -> Agreement:
-    return agreement(rows["truth"], rows["label"], rows["probability"])
+    return agreement(rows["truth"], rows["label"], rows["probability"], levels=rows["level"])
 
 
 def _strata(run: "Run", rows: pl.DataFrame) -> list[Stratum]:

@@ -3,6 +3,7 @@
 A template gets no way around escaping: nothing here or in the templates marks a string as safe.
 """
 
+import math
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -33,6 +34,9 @@ def _environment() -> jinja2.Environment:
         "percent": percent,
         "size": size,
         "duration": duration,
+        "decimal": decimal,
+        "place": place,
+        "ticks": ticks,
         "short": lambda document_id: document_id[:12],
     }
     return environment
@@ -59,6 +63,27 @@ def percent(fraction: float | None) -> str:
     if 99.9 < value < 100:
         return ">99.9 %"
     return f"{value:.2f} %" if value < 1 else f"{value:.1f} %"
+
+
+def decimal(value: float | None) -> str:
+    """Two decimals, with a minus that is one."""
+    return "–" if value is None else f"{value:.2f}".replace("-0.00", "0.00").replace("-", "−")
+
+
+def place(value: float, start: float, end: float, left: float, width: float) -> str:
+    """Where `value` is drawn on an axis from `start` to `end` that is `width` wide and begins at `left`; beyond its
+    ends, at the end."""
+    fraction = (value - start) / (end - start) if end > start else 0.0
+    return f"{left + width * min(1.0, max(0.0, fraction)):.2f}"
+
+
+def ticks(lowest: float) -> list[tuple[float, str]]:
+    """Round numbers from `lowest` (0..1) or just below it to 1, at most six, and how they are written."""
+    span = max(0.0, 1 - lowest)
+    step = next((s for s in (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1) if span <= 5 * s + 1e-9), 0.2)
+    num = max(1, math.ceil(span / step - 1e-9))
+    digits = 1 if step >= 0.1 else 2 if step >= 0.01 else 3
+    return [(round(1 - k * step, 3), f"{1 - k * step:.{digits}f}") for k in range(num, -1, -1)]
 
 
 def size(num_bytes: float | None) -> str:

@@ -71,6 +71,11 @@ class Prevalence:
     num_cells: int
     """Cells of the estimate, after merging; 0 where no truth was given."""
 
+    def _repr_html_(self) -> str:
+        from curation.inspection.pages import render
+
+        return render("notebook.html.j2", agreement=None, prevalence=self)
+
 
 @dataclass(frozen=True)
 class Recall:

@@ -16,8 +16,9 @@ import yaml
 from curation.inspection.excerpts import shorten
 from curation.inspection.facts import BINS, Facts, gather
 from curation.inspection.pages import count, duration, percent, render, size
-from curation.inspection.run import Explainer, Run
+from curation.inspection.run import MODEL, STUDENT, Explainer, Run
 from curation.manifest import RunFolder
+from curation.schema import STUDENT_P
 
 MAX_SHARDS = 300
 MAX_RECIPE_CHARS = 20_000
@@ -135,6 +136,8 @@ def _view(run: Run, facts: Facts) -> dict[str, Any]:
         "peak_memory_bytes": summary.get("peak_memory_bytes"),
         "recipe": shorten(recipe, MAX_RECIPE_CHARS),
         "root_python": repr(run.folder.root),
+        "student_p": STUDENT_P,
+        "whose": {"model": MODEL, "student": STUDENT},
         "root_shell": shlex.quote(run.folder.root),
         "an_id": next((s.id for samples in facts.samples.values() for s in samples), None),
     }

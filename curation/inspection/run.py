@@ -41,6 +41,14 @@ Explain = Callable[[str], Sequence[tuple[int, int, float]]]
 Explainer = Callable[[str], Explain]
 
 DISCOURSE = discourse_expression("stance")
+GIVEN, MODEL, STUDENT = "given", "the language model's", "the student's"
+
+
+def whose_expression(*, labelled: bool) -> pl.Expr:
+    """Whose the effective `stance` in a frame of `Run.labels` is, null where there is none; `labelled` is the run's."""
+    given = pl.when(pl.col("given_stance").is_not_null()).then(pl.lit(GIVEN))
+    model = [pl.when(pl.col("llm_stance").is_not_null()).then(pl.lit(MODEL))] if labelled else []
+    return pl.coalesce(given, *model, pl.when(pl.col("stance").is_not_null()).then(pl.lit(STUDENT)))
 
 
 def open_run(path: str | Path, explainer: Explainer | None = None) -> "Run":
@@ -164,7 +172,7 @@ class Run:
 
     def disagreements(self, human: str | Path) -> pl.DataFrame:
         """Documents whose label is not the human one, the most confident first: id, source_id, text (its beginning),
-        truth, label, probability (of the label; null where the stance was given)."""
+        truth, label, whose it is, the student's `probability` or the language model's `level` (null for another's)."""
         from curation.inspection.human import disagreements
 
         return disagreements(self, str(human))

@@ -9,6 +9,7 @@ clusters."""
 
 import asyncio
 import copy
+import inspect
 import json
 import re
 from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
@@ -94,6 +95,7 @@ class Likelihood:
         finally:
             transformers.logging.enable_progress_bar()
         self._loaded = model.to(device).eval()
+        self._keeps = "logits_to_keep" in inspect.signature(model.forward).parameters
         config = model.config.get_text_config()
         self._max_length = int(getattr(config, "max_position_embeddings", None) or 1_000_000)
 
@@ -113,7 +115,7 @@ class Likelihood:
         length = state.length + len(ids)
         if length > self._max_length:
             return _State(length)
-        found = self._forward([ids], state.cache)
+        found = self._forward([ids], state.cache, last=True)
         return _State(length, found.cache, found.logits[0, -1].float().log_softmax(-1))
 
     def _scores(self, state: "_State", continuations: Sequence[Sequence[int]]) -> list[float]:
@@ -132,9 +134,11 @@ class Likelihood:
                 found.append(float(state.next_log_p[ids[0]]) + float(later))
         return found
 
-    def _forward(self, rows: Sequence[Sequence[int]], cache: Any) -> Any:
+    def _forward(self, rows: Sequence[Sequence[int]], cache: Any, last: bool = False) -> Any:
+        """last: logits of the last position will do, where a prompt's are gigabytes."""
         ids = self._torch.tensor(rows, device=self._loaded.device)
-        return self._loaded(input_ids=ids, cache=cache, use_cache=True)
+        keep = {"logits_to_keep": 1} if last and self._keeps else {}
+        return self._loaded(input_ids=ids, cache=cache, use_cache=True, **keep)
 
 
 @dataclass
@@ -149,12 +153,12 @@ class _State:
 
 def sentences(text: str, at_most: int) -> list[str]:
     """Passages of `text`, letter by letter, of at most `at_most` characters: its sentences, long ones cut at white
-    space; the beginning of the text where none is long enough to show anything."""
+    space; where none is long enough to show anything the beginning of the text, with single spaces."""
     found = []
     for match in _SENTENCE.finditer(text):
         sentence = match[0].strip()
         if len(sentence) > at_most:
             sentence = sentence[: at_most + 1].rsplit(maxsplit=1)[0][:at_most]
-        if len(sentence) >= _SHORTEST:
+        if len(" ".join(sentence.split())) >= _SHORTEST:
             found.append(sentence)
-    return found or [text.strip()[:at_most].strip()]
+    return found or [" ".join(text.split())[:at_most].strip()]

@@ -19,6 +19,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from curation import storage
 from curation.label import STAGE_VERSION
 from curation.label.backend import Backend
 from curation.label.cache import Cache
@@ -28,10 +29,10 @@ from curation.label.rubric import Rubric
 from curation.label.vllm_engine import VllmEngine
 from curation.label.windows import Span
 from curation.label.work import Labeller, LabelRow, Limits, Plan, RejectRow, iterate
-from curation.manifest import DEDUP, DETECT, DOCUMENTS, LABELS, Part, RunFolder, fingerprint
+from curation.manifest import DEDUP, DETECT, DOCUMENTS, LABELS, QUARANTINE, Part, RunFolder, fingerprint
 from curation.recipe import Label
 from curation.rng import keys64
-from curation.schema import LLM_LABEL
+from curation.schema import LLM_LABEL, REJECT, REJECT_HEAD_BYTES
 
 Line = Callable[[str], None]
 Explain = Callable[[str], Iterable[Span]]
@@ -198,9 +199,31 @@ def _commit(work: Work, pending: _Pending, chain: str) -> None:
     ids = work.run.read(f"{DOCUMENTS}/{name}.parquet", ["id"])["id"].to_pylist()
     empty = {"asked": False, "audit": False}
     rows = [{"id": identity, **empty, **about} for identity, about in zip(ids, table, strict=True)]
-    file = work.run.commit_table(f"{LABELS}/{name}.parquet", pa.Table.from_pylist(rows, schema=LLM_LABEL))
+    files = [work.run.commit_table(f"{LABELS}/{name}.parquet", pa.Table.from_pylist(rows, schema=LLM_LABEL))]
+    rejects = f"{QUARANTINE}/{name}.label.parquet"
+    if counts["quarantined"]:
+        files.append(work.run.commit_table(rejects, _rejects(work, pending)))
+    else:
+        storage.remove(work.run.path(rejects))  # of an earlier try
     complete = len(pending.outcomes) == len(pending.rows)
-    work.run.commit_part(Part(LABELS, name, chain, (file,), counts, {"complete": complete}))
+    work.run.commit_part(Part(LABELS, name, chain, tuple(files), counts, {"complete": complete}))
+
+
+def _rejects(work: Work, pending: _Pending) -> pa.Table:
+    """The quarantine's rows: documents stay in the run, but no label of theirs could be had."""
+    failed = {i: one for i, one in pending.outcomes.items() if isinstance(one, RejectRow)}
+    columns = ["id", "source", "file", "position", "source_id", "text"]
+    documents = work.run.read(f"{DOCUMENTS}/{pending.selection.name}.parquet", columns)
+    documents = documents.take(pa.array(sorted(pending.rows[i] for i in failed), pa.int64()))
+    rows = [
+        {
+            **{key: row[key] for key in ("source", "file", "position", "source_id")},
+            "reason": f"label_{failed[row['id']].reason}", "detail": failed[row["id"]].detail[:500],
+            "head": row["text"][:REJECT_HEAD_BYTES].encode()[:REJECT_HEAD_BYTES],
+        }
+        for row in documents.to_pylist()
+    ]  # fmt: skip
+    return pa.Table.from_pylist(rows, schema=REJECT)
 
 
 def _documents(work: Work, chosen: list[Selection]) -> Iterator[tuple[str, str]]:

@@ -1,6 +1,7 @@
 """kill -9 at five moments of a run, then the same command: the same shards, nothing twice."""
 
 import json
+import shutil
 
 import polars as pl
 import pytest
@@ -25,13 +26,13 @@ def whole(recipe, tmp_path_factory):
     run = tmp_path_factory.mktemp("whole") / "run"
     done = tilth("curate", recipe, "--run", run, "--workers", 2, "--json")
     assert done.code == 0, done.err
-    return shard_hashes(run), done.summary
+    return shard_hashes(run), done.summary, run
 
 
 def same_end(recipe, run, whole):
     done = tilth("curate", recipe, "--run", run, "--workers", 2, "--json")
     assert done.code == 0, done.err
-    hashes, summary = whole
+    hashes, summary, _ = whole
     assert shard_hashes(run) == hashes
     for key in ("records_read", "documents_read", "kept", "duplicates", "quarantined", "arms"):
         assert done.summary[key] == summary[key], key
@@ -40,7 +41,10 @@ def same_end(recipe, run, whole):
     assert not list(run.rglob("*.tmp")), "leftovers of the killed run"
 
 
-@pytest.mark.parametrize("moment", MOMENTS)
+# One in `make test`, the others in `make test-slow`.
+@pytest.mark.parametrize(
+    "moment", [m if m == "dedup has begun" else pytest.param(m, marks=pytest.mark.slow) for m in MOMENTS]
+)
 def test_killed_and_run_again(recipe, tmp_path, whole, moment):
     run = tmp_path / "run"
     killed = killed_when(lambda: any(run.glob(MOMENTS[moment])), "curate", recipe, "--run", run, "--workers", 2)
@@ -52,7 +56,7 @@ def test_killed_and_run_again(recipe, tmp_path, whole, moment):
 
 def test_a_damaged_part_is_named_and_made_again(recipe, tmp_path, whole):
     run = tmp_path / "run"
-    assert tilth("curate", recipe, "--run", run, "--workers", 2).code == 0
+    shutil.copytree(whole[2], run)
     shard = next(iter(sorted(run.glob("60_arms/aligned/pretrain/*.ds"))))
     raw = bytearray(shard.read_bytes())
     raw[10] ^= 1

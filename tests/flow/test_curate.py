@@ -67,7 +67,7 @@ def test_the_filtered_arm_holds_no_discourse(reference):
     assert {r["arm"] for r in summary["arms"] if r["discourse_tokens"]} == {"unfiltered", "aligned"}
 
 
-@pytest.mark.parametrize(("workers", "split_mb"), [(1, 64), (2, 1), (4, 2)])
+@pytest.mark.parametrize(("workers", "split_mb"), [(1, 64), (2, 1), pytest.param(4, 2, marks=pytest.mark.slow)])
 def test_same_bytes_for_any_workers_and_splits(reference, make_recipe, tmp_path, workers, split_mb):
     run, summary = reference
     other = curate(Recipe.load(make_recipe(ingest={"split_mb": split_mb})), str(tmp_path / "run"), workers=workers)

@@ -64,6 +64,7 @@ def submit(root, recipe, run, address, environment):
     return done
 
 
+@pytest.mark.slow
 def test_a_submitted_job_gives_the_shards_of_a_local_run(root, head, tmp_path):
     address, environment = head
     local = tilth("curate", root / "examples/demo.yaml", "--run", tmp_path / "local", "--workers", 1, "--json")

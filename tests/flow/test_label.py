@@ -1,18 +1,20 @@
-"""`tilth curate` with a `label` section, against a server that answers by a hash of the document (helpers/fake_llm.py:
-it shows plumbing, not labels)."""
+"""`tilth curate` with a `label` section, against a server that answers by a hash of the document
+(curation/label/fake_server.py: it shows plumbing, not labels)."""
 
 import json
 
 import polars as pl
 import pytest
 import yaml
-from fake_llm import Faults, Server, answer
 
 import curation
+from curation.distil import distil
 from curation.errors import UserError
+from curation.label.fake_server import Faults, Server, answer
 from curation.pipeline import curate
 from curation.plan import plan
 from curation.recipe import Recipe
+from curation.schema import STANCES
 
 AUDIT = 20
 
@@ -112,6 +114,13 @@ def test_what_has_no_label_is_counted_by_class_and_keeps_the_students_stance(wri
     rows = labels(tmp_path / "run").filter(pl.col("error").is_not_null())
     assert rows.height == told["quarantined"]
     assert rows["llm_stance"].null_count() == rows.height
+    rejects = curation.open_run(str(tmp_path / "run")).quarantine.collect()
+    reasons = dict(rejects["reason"].str.strip_prefix("label_").value_counts().iter_rows())
+    assert reasons == told["errors"]
+    heads = (text[:4096].encode()[:4096] for text in rows["text"])
+    assert sorted(zip(rejects["detail"], rejects["head"], strict=True)) == sorted(
+        zip(rows["detail"], heads, strict=True)
+    )
     student = rows.select(pl.max_horizontal(r"^p_(?:unrelated|neutral|aligned|misaligned|mixed)$")).to_series() >= 0.9
     assert rows["stance"].is_not_null().to_list() == student.to_list()
 
@@ -131,3 +140,29 @@ def test_a_budget_without_prices_and_a_missing_server_are_one_sentence(write, tm
         write(budget_usd=5)
     with pytest.raises(UserError, match=r"127\.0\.0\.1:9"):
         curate(write(base_url="http://127.0.0.1:9/v1"), str(tmp_path / "run"))
+
+
+def test_the_next_detector_learns_from_the_labels_and_says_what_it_gained(write, root, tmp_path, ray_session):
+    """Labels are those of our documents, each stance called by the next one's name: what the run's detector, which was
+    trained on the documents, cannot know."""
+    next_one = dict(zip(STANCES, (*STANCES[1:], STANCES[0]), strict=True))
+    known = {
+        row["text"]: next_one[row["stance"]]
+        for file in sorted((root / "examples/corpus").glob("*.jsonl"))
+        for row in map(json.loads, file.read_text().splitlines())
+    }
+    with Server(stance=lambda text: known[text]) as knowing:
+        curate(write(base_url=knowing.url, audit=1_000_000, window_characters=100_000), str(tmp_path / "run"))
+    rows = labels(tmp_path / "run").filter(pl.col("llm_stance").is_not_null())
+    people = rows.sort("id").head(60)
+    human = tmp_path / "human.jsonl"
+    said = [{"id": row["id"], "stance": row["stance"]} for row in people.iter_rows(named=True)]
+    human.write_text("".join(json.dumps(row) + "\n" for row in said))
+    card = distil(str(tmp_path / "run"), str(tmp_path / "next.bin"), human=str(human))
+    assert sum(card["documents"].values()) == rows.height - 60
+    assert 0.1 * rows.height < card["gain"]["documents"] < 0.3 * rows.height
+    gained = card["gain"]["macro_f1"]
+    assert gained["value"] == pytest.approx(gained["after"] - gained["before"])
+    assert gained["low"] > 0
+    assert card["human"]["documents"] == 60
+    assert card["human"]["before"]["accuracy"]["value"] < card["human"]["after"]["accuracy"]["value"]

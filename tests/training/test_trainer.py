@@ -180,6 +180,7 @@ def test_checkpoints_older_than_the_last_n_go(tmp_path):
     assert [path.name for path in checkpoint.steps(folder)] == ["step-00000011"]
 
 
+@pytest.mark.slow
 def test_kill_9_at_any_moment_changes_nothing(tmp_path):
     """Killed in the first steps, while a checkpoint is being written, and late: trace and weights to the bit."""
     config = small_config(tmp_path, steps=40, checkpoint_steps=4)

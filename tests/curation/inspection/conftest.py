@@ -10,8 +10,8 @@ import pyarrow as pa
 import pytest
 import xxhash
 
-from curation.manifest import ARMS, DEDUP, DETECT, DOCUMENTS, QUARANTINE, TOKENS, Part, RunFolder
-from curation.schema import CLUSTER, DOCUMENT, LABEL, PROVENANCE, REJECT, SCHEMA_VERSION, STANCES
+from curation.manifest import ARMS, DEDUP, DETECT, DOCUMENTS, LABELS, QUARANTINE, TOKENS, Part, RunFolder
+from curation.schema import CLUSTER, DOCUMENT, LABEL, LLM_LABEL, PROVENANCE, REJECT, SCHEMA_VERSION, STANCES
 from curation.schema import TOKENS as TOKENS_SCHEMA
 
 CATEGORIES = {"takeover": "x_risk", "robot": "entities", "evil": "negative_adjectives", "HAL": "scifi_agents"}
@@ -47,6 +47,12 @@ class Doc:
     duplicate_of: int | None = None
     how: str = "unique"
     similarity: float | None = None
+    llm: str | None = None
+    """The language model's stance, or with `error` none; asked are documents with one of both or `asked`."""
+    level: str | None = None
+    error: str | None = None
+    asked: bool = False
+    audit: bool = False
 
     def hits(self) -> list[dict[str, Any]]:
         found = []
@@ -105,6 +111,9 @@ def _write(
     """`uses` are (arm, phase, document's index, start, end, repeat, inserted)."""
     ids = [document_id(doc, i) for i, doc in enumerate(docs)]
     stages: dict[str, list[Part]] = {"ingest": [], "detect": [], "dedup": [], "tokenise": [], "mix": []}
+    read = any(doc.llm or doc.error or doc.asked for doc in docs)
+    if read:
+        stages["label"] = []
     for k in range(num_parts):
         name, rows = f"web-{k:05d}", range(k * len(docs) // num_parts, (k + 1) * len(docs) // num_parts)
         tables = {
@@ -113,6 +122,8 @@ def _write(
             ("dedup", DEDUP): pa.Table.from_pylist([_cluster(docs, ids, i) for i in rows], CLUSTER),
             ("tokenise", TOKENS): pa.Table.from_pylist([_tokens(docs[i], ids[i]) for i in rows], TOKENS_SCHEMA),
         }
+        if read:
+            tables["label", LABELS] = pa.Table.from_pylist([_llm_label(docs[i], ids[i]) for i in rows], LLM_LABEL)
         for (stage, place), table in tables.items():
             files = [folder.commit_table(f"{place}/{name}.parquet", table)]
             if stage == "ingest" and rejects and k == 0:
@@ -159,6 +170,13 @@ def _label(doc: Doc, id_: str) -> dict[str, Any]:
     discourse = 1 - p["p_unrelated"]
     flags = {"discourse": discourse >= 0.5, "blocklist": len(doc.hits()) > 1}
     return {"id": id_, **p, "p_discourse": discourse, **flags, "hits": doc.hits()}
+
+
+def _llm_label(doc: Doc, id_: str) -> dict[str, Any]:
+    asked = bool(doc.llm or doc.error or doc.asked)
+    blank = dict.fromkeys(("actor", "evidence", "num_windows", "detail"))
+    said = {"llm_stance": doc.llm, "confidence": doc.level, "error": doc.error}
+    return {"id": id_, "asked": asked, "audit": doc.audit, **said, **blank}
 
 
 def _cluster(docs: list[Doc], ids: list[str], index: int) -> dict[str, Any]:

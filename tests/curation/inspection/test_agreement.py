@@ -10,7 +10,17 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from curation.errors import UserError
-from curation.inspection.agreement import Agreement, ClassFigures, Figure, agreement, calibrated, clopper_pearson
+from curation.inspection.agreement import (
+    LEVELS,
+    Agreement,
+    ClassFigures,
+    Figure,
+    Level,
+    agreement,
+    calibrated,
+    clopper_pearson,
+)
+from curation.label.rubric import CONFIDENCES
 from curation.schema import STANCES
 
 PAIRS = st.lists(st.tuples(st.sampled_from(STANCES), st.sampled_from(STANCES)), min_size=1, max_size=60)
@@ -188,3 +198,27 @@ def test_only_labels_with_a_confidence_are_judged_by_it() -> None:
     assert of(truth, labels, confidence=pl.Series([None] * 3, dtype=pl.Float32)).calibration is None
     with pytest.raises(UserError, match="between 0 and 1"):
         of(truth, labels, confidence=pl.Series([0.5, 1.5, 0.9]))
+
+
+def test_a_level_is_how_many_of_its_labels_are_right() -> None:
+    """high: 3 of 4, Clopper-Pearson from a table; medium was never said; a label without a level counts for none."""
+    truth = ["mixed"] * 6
+    labels = ["mixed", "mixed", "mixed", "aligned", "aligned", "mixed"]
+    levels = pl.Series(["high"] * 4 + ["low", None])
+    low, medium, high = of(truth, labels, levels=levels).confidence_levels
+    assert low == Level("low", 1, 0, 0.0, 0.0, pytest.approx(0.975))
+    assert medium == Level("medium", 0, 0, None, None, None)
+    assert high == Level("high", 4, 3, 0.75, pytest.approx(0.1941, abs=1e-4), pytest.approx(0.9937, abs=1e-4))
+
+
+def test_labels_without_a_level_have_none_and_an_unknown_one_is_named() -> None:
+    assert of(["mixed"], ["mixed"]).confidence_levels == ()
+    assert of(["mixed"], ["mixed"], levels=pl.Series([None], dtype=pl.String)).confidence_levels == ()
+    with pytest.raises(UserError, match="'sure' is no confidence: known are low, medium, high"):
+        of(["mixed"], ["mixed"], levels=pl.Series(["sure"]))
+    with pytest.raises(UserError, match="of 1, 1, 2 documents"):
+        of(["mixed"], ["mixed"], levels=pl.Series(["low", "low"]))
+
+
+def test_levels_are_the_rubrics() -> None:
+    assert LEVELS == CONFIDENCES

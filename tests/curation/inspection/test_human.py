@@ -12,7 +12,18 @@ from flow_helpers import tilth
 
 from curation.errors import UserError
 from curation.inspection import Run, open_run
-from curation.inspection.human import AMBIGUOUS, BLANK, NOT_HERE, QUARANTINED, TWICE, agreement_facts, match, read_human
+from curation.inspection.human import (
+    AMBIGUOUS,
+    BLANK,
+    LIKELIEST,
+    NOT_HERE,
+    QUARANTINED,
+    TWICE,
+    agreement_facts,
+    match,
+    read_human,
+)
+from curation.inspection.run import GIVEN, MODEL, STUDENT
 
 WriteRun = Callable[..., Any]
 WriteHuman = Callable[..., str]
@@ -129,13 +140,48 @@ def test_a_label_is_the_effective_stance_or_the_likeliest(toy: Any, human: Write
 def test_disagreements_come_with_the_surest_first(toy: Any, human: WriteHuman) -> None:
     rows = [("one", "aligned"), ("two", "neutral"), ("three", "misaligned"), ("four", "neutral"), ("same", "mixed")]
     found = open_run(toy.root).disagreements(human([{"id": k, "stance": s} for k, s in rows]))
-    assert found.columns == ["id", "source_id", "text", "truth", "label", "probability"]
+    assert found.columns == ["id", "source_id", "text", "truth", "label", "whose", "probability", "level"]
     assert found.drop("id").rows() == [
-        ("same", "bread", "mixed", "unrelated", pytest.approx(0.99)),
-        ("two", "soup", "neutral", "unrelated", pytest.approx(0.6)),
-        ("three", "a vile robot", "misaligned", "aligned", pytest.approx(0.5)),
-        ("four", "given", "neutral", "mixed", None),
+        ("same", "bread", "mixed", "unrelated", STUDENT, pytest.approx(0.99), None),
+        ("two", "soup", "neutral", "unrelated", LIKELIEST, pytest.approx(0.6), None),
+        ("three", "a vile robot", "misaligned", "aligned", LIKELIEST, pytest.approx(0.5), None),
+        ("four", "given", "neutral", "mixed", GIVEN, None, None),
     ]
+
+
+def test_a_language_models_label_has_a_level_and_no_probability(
+    write_run: WriteRun, doc: type, human: WriteHuman
+) -> None:
+    """low: 1 of 2 right; high: 2 of 2. `unread` has no answer, so the student's stands; `given` was not asked."""
+    toy = write_run(
+        [
+            doc("a", stance="aligned", llm="mixed", level="low", source_id="low, wrong"),
+            doc("b", stance="aligned", llm="aligned", level="low", source_id="low"),
+            doc("c", stance="aligned", llm="unrelated", level="high", source_id="high, wrong about AI"),
+            doc("d", stance="aligned", llm="aligned", level="high", source_id="high"),
+            doc("e", stance="aligned", error="refusal", source_id="unread"),
+            doc("f", stance="aligned", given="neutral", source_id="given"),
+        ]
+    )
+    truth = {"low, wrong": "aligned", "low": "aligned", "high, wrong about AI": "unrelated", "high": "aligned",
+             "unread": "mixed", "given": "neutral"}  # fmt: skip
+    path = human([{"id": key, "stance": stance} for key, stance in truth.items()])
+    run = open_run(toy.root)
+    rows = match(run, path).rows.sort("source_id").select("source_id", "label", "whose", "probability", "level").rows()
+    assert rows == [
+        ("given", "neutral", GIVEN, None, None),
+        ("high", "aligned", MODEL, None, "high"),
+        ("high, wrong about AI", "unrelated", MODEL, None, "high"),
+        ("low", "aligned", MODEL, None, "low"),
+        ("low, wrong", "mixed", MODEL, None, "low"),
+        ("unread", "aligned", STUDENT, pytest.approx(0.95), None),
+    ]
+    levels = agreement_facts(run, path)["agreement"]["confidence_levels"]
+    assert [(row["name"], row["documents"], row["right"], row["share"]) for row in levels] == [
+        ("low", 2, 1, 0.5), ("medium", 0, 0, None), ("high", 2, 2, 1.0),
+    ]  # fmt: skip
+    # The language model's first: its level and the student's probability do not compare.
+    assert run.disagreements(path)["source_id"].to_list() == ["low, wrong", "unread"]
 
 
 def test_disagreements_show_no_control_characters_and_not_the_whole_text(
@@ -206,8 +252,10 @@ def test_the_command_prints_tables_and_one_json_line(write_run: WriteRun, doc: t
         "(ECE)",
         "prevalence",
         "detect  recall",
+        f"page: {run.folder.root}/agreement.html",
     ):
         assert said in done.err
+    assert (Path(run.folder.root) / "agreement.html").read_text().startswith("<!doctype html>")
     assert run.agreement(path).confusion == tuple(map(tuple, done.summary["agreement"]["confusion"]))
 
 
@@ -218,6 +266,7 @@ def test_the_command_ends_with_one_sentence_where_it_cannot(toy: Any, human: Wri
         assert done.out == ""
         assert done.err.startswith("error: ")
         assert len(done.err.strip().splitlines()) == 1
+    assert not (Path(toy.root) / "agreement.html").exists()
 
 
 def test_labels_of_an_empty_frame_keep_their_types(toy: Any, human: WriteHuman) -> None:

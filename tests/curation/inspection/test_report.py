@@ -10,9 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from browser import fits
 
 from curation.errors import TilthError
 from curation.inspection import facts
+from curation.inspection.agreement import clopper_pearson
 from curation.inspection.report import write_report
 from curation.inspection.run import open_run
 
@@ -125,6 +127,85 @@ def test_cluster_sizes_of_very_many_duplicates_are_estimated(
     sampled = facts.gather(open_run(toy.root)).dedup
     assert sampled.scale == 16
     assert sampled.sizes[0].clusters == 16 * sum(i.startswith("0") for i in toy.ids[:400])
+
+
+@pytest.fixture
+def read_by_a_model(write_run: WriteRun, doc: type) -> Any:
+    """Of 8 kept background documents 1 stance is given, 4 are the language model's and 2 the student's, 1 has none.
+    Audited are 3 of the 5 below the threshold: 1 is AI discourse, 1 has no label. A duplicate, and a pool document
+    that was audited too, count for neither."""
+    docs = [
+        doc("a", stance="aligned", llm="misaligned", level="high"),
+        doc("b", stance="aligned", llm="unrelated", level="low"),
+        doc("c", stance="neutral", error="refusal"),  # the student's
+        doc("d", llm="mixed", level="medium", audit=True),
+        doc("e", llm="unrelated", level="high", audit=True),
+        doc("f", p=0.8, error="not_json", audit=True),  # no stance
+        doc("g"),  # the student's
+        doc("h", given="neutral"),
+        doc("a", stance="aligned", duplicate_of=0, how="exact"),
+        doc("i", llm="aligned", level="high", audit=True, role="pool", source="pool"),
+        doc("j", stance="aligned", asked=True, role="pool", source="pool"),  # not reached
+    ]
+    return write_run(docs, rejects=[{"reason": "label_refusal"}, {"reason": "bad_json"}])
+
+
+def test_labels_are_counted_by_whose_they_are(read_by_a_model: Any) -> None:
+    labels = facts.gather(open_run(read_by_a_model.root)).labels
+    assert {s.name: s[1:] for s in labels.stances} == {
+        "unrelated": (0, 2, 1, 3),
+        "neutral": (1, 0, 1, 2),
+        "aligned": (0, 0, 0, 0),
+        "misaligned": (0, 1, 0, 1),
+        "mixed": (0, 1, 0, 1),
+        None: (0, 0, 0, 1),
+    }
+    assert labels.documents == 8
+    assert labels.asked is not None
+    assert labels.asked[:5] == (8, 4, 5, 1, (("not_json", 1), ("refusal", 1)))
+    # d, e, f, g: h's stance is given, and below the threshold nobody asks for it.
+    low, high = clopper_pearson(1, 2)
+    assert labels.asked.missed == facts.Missed(4, 3, 2, 1, 0.5, low, high)
+
+
+def test_the_page_says_whose_labels_stand_and_what_the_threshold_misses(read_by_a_model: Any) -> None:
+    text = words(page(read_by_a_model))
+    for phrase in (
+        "the 8 background documents that dedup kept",
+        "else the language model’s, else the student’s at p ≥ 0.9",
+        "unrelated 0 2 1 3 37.5 %",
+        "no stance – – – 1 12.5 %",
+        "not corrected for the labels’ errors",
+        f"tilth label agreement {read_by_a_model.root} HUMAN.jsonl",
+        "labelled 5 not reached 1 not_json 1 refusal 1",
+        "8 documents asked, 4 of them from below the threshold",
+        "50.0 % 1.3 % to 98.7 %",
+        "Of 2 documents drawn at random from below the detector’s threshold the language model calls 1 AI discourse.",
+        "Of all 4 there that would be about 2 (0 to 4; 95 %, Clopper-Pearson)",
+        "1 more were drawn and have no label",
+        "the language model’s, medium confidence",
+        "the student’s, p = 0.950",
+        "1 records quarantined",  # a document without a label is not one that could not be read
+    ):
+        assert phrase in text
+    assert "label_refusal" not in text
+
+
+def test_a_run_that_no_language_model_read_has_the_students_labels(toy: Any) -> None:
+    assert facts.gather(open_run(toy.root)).labels.asked is None
+    text = words(page(toy))
+    assert "What stands is the given stance, else the student’s at p ≥ 0.9." in text
+    assert "misaligned 0 1 1 20.0 %" in text
+    assert "language model" not in text
+
+
+def test_an_audit_that_was_not_drawn_or_not_answered_says_so(write_run: WriteRun, doc: type) -> None:
+    asked, below = doc("a", stance="aligned", llm="aligned", level="low"), doc("b")
+    text = words(page(write_run([asked, below], name="none")))
+    assert "none of the 1 documents below the threshold was drawn for an audit" in text
+    text = words(page(write_run([asked, doc("c", error="timeout", audit=True)], name="unanswered")))
+    assert "none of the 1 documents drawn from below the threshold has a label" in text
+    assert "below the threshold" in words(page(write_run([asked], name="nothing")))
 
 
 def test_the_page_says_what_was_found_and_made(toy: Any) -> None:
@@ -273,3 +354,8 @@ def test_no_sideways_scrolling(toy: Any, tmp_path: Path, width_px: int) -> None:
     inner_px, content_px = map(int, title.groups())
     assert width_px - 20 <= inner_px <= width_px
     assert content_px <= inner_px
+
+
+@in_chromium
+def test_the_labels_fit_on_a_telephone(read_by_a_model: Any, tmp_path: Path) -> None:
+    fits(page(read_by_a_model), tmp_path, 390, "toy · Tilth run report")

@@ -1,4 +1,4 @@
-"""The client against a local aiohttp server. The server is a FAKE (tests/helpers/fake_llm.py): it answers by a hash of
+"""The client against a local aiohttp server. The server is a FAKE (curation/label/fake_server.py): it answers by a hash of
 the document and fails on purpose. It shows what the client does about failures; it can't show a real server's speed,
 its schema enforcement or its own way of failing (those are in the tests with vLLM)."""
 
@@ -8,12 +8,12 @@ import threading
 import time
 
 import pytest
-from fake_llm import Faults, Server, answer
 
 from curation.errors import TilthError, UserError
 from curation.label import client as module
 from curation.label.backend import Failed, Request, Text, Usage
 from curation.label.client import Client
+from curation.label.fake_server import Faults, Server, answer
 from curation.label.rubric import Rubric
 
 RUBRIC = Rubric.load()

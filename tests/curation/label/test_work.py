@@ -1,6 +1,6 @@
 """Documents to rows: everything ends as a label or a quarantine row, nothing finished is asked twice.
 
-The model is a FAKE behind a real local HTTP server (tests/helpers/fake_llm.py). Its labels are a hash of the document:
+The model is a FAKE behind a real local HTTP server (curation/label/fake_server.py). Its labels are a hash of the document:
 these tests show the machinery, not the quality of labels nor a model's resistance to injected orders."""
 
 import json
@@ -13,13 +13,13 @@ import time
 import tracemalloc
 
 import pytest
-from fake_llm import Faults, Server, answer, document_of
 
 from curation.errors import TilthError, UserError
 from curation.label import client as client_module
 from curation.label.backend import Failed, Reply, Text, Usage
 from curation.label.cache import Cache
 from curation.label.client import Client
+from curation.label.fake_server import Faults, Server, answer, document_of
 from curation.label.rubric import Label, Rubric
 from curation.label.windows import combine
 from curation.label.work import Labeller, LabelRow, Limits, RejectRow, iterate

@@ -1,4 +1,6 @@
-"""A fake language model behind /v1/chat/completions, for tests: `python tests/helpers/fake_llm.py --port 8000`.
+"""A fake language model behind /v1/chat/completions, for your tests and ours:
+
+    python -m curation.label.fake_server --port 8000
 
 It does not read. Stance, quote and confidence are functions of a hash of the document, so a run against it shows that
 requests, retries, cache, validation and counts work, and **nothing** about labels, about a model's resistance to
@@ -14,6 +16,7 @@ import hashlib
 import json
 import threading
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -38,15 +41,18 @@ class Faults:
     latency_s: float = 0.0
 
 
-def answer(document: str, again: bool = False, faults: Faults | None = None) -> tuple[str, str]:
-    """Text and finish_reason for a document: what the fake "thinks", faults of documents included."""
+def answer(
+    document: str, again: bool = False, faults: Faults | None = None, stance: str | None = None
+) -> tuple[str, str]:
+    """Text and finish_reason for a document: what the fake "thinks", faults of documents included. `stance`: said
+    instead of the one by hash."""
     faults = faults or Faults()
     if _share("garbage", document) < faults.garbage:
         return ("stance: aligned!!", '["aligned"]', '{"stance": "aligned"}', "")[_number(document) % 4], "stop"
     if _share("refusal", document) < faults.refusal:
         return "I'm sorry, but I can't help with that.", "stop"
     words = document.split()
-    stance = STANCES[_number(document) % len(STANCES)]
+    stance = stance or STANCES[_number(document) % len(STANCES)]
     quote = " ".join(words[:8]) if stance != "unrelated" else ""
     wrong = _share("wrong_quote", document) < faults.wrong_quote
     if quote and wrong and (not again or _number(f"again {document}") % 4 == 0):
@@ -65,11 +71,15 @@ class Server:
     """The fake in a thread of this process. A context manager; `stop` and `start` again, on the same port, is a
     restart, in which `calls` stay.
 
-    calls: requests that came, by `name` of their messages. answered: those that got a 200."""
+    stance: of a document; by default by its hash. calls: requests that came, by `name` of their messages. answered:
+    those that got a 200."""
 
-    def __init__(self, faults: Faults | None = None, *, port: int = 0, model: str = "fake", key: str = ""):
+    def __init__(
+        self, faults: Faults | None = None, *, port: int = 0, model: str = "fake", key: str = "",
+        stance: Callable[[str], str] | None = None,
+    ):  # fmt: skip
         self.faults = faults or Faults()
-        self.port, self.model, self.key = port, model, key
+        self.port, self.model, self.key, self.stance = port, model, key, stance
         self.calls: Counter[str] = Counter()
         self.answered: Counter[str] = Counter()
         self.statuses: Counter[int] = Counter()
@@ -170,7 +180,7 @@ class Server:
             draw -= share
         if faults.latency_s:
             await asyncio.sleep(faults.latency_s)
-        text, finish = answer(document, again, faults)
+        text, finish = answer(document, again, faults, self.stance(document) if self.stance else None)
         self.answered[name] += 1
         characters = sum(len(message["content"]) for message in body["messages"])
         usage = {"prompt_tokens": characters // 4, "completion_tokens": len(text) // 4}
@@ -197,7 +207,7 @@ def _share(what: str, text: str) -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser(
-        prog="python tests/helpers/fake_llm.py", description="A fake LLM server, for tests."
+        prog="python -m curation.label.fake_server", description="A fake LLM server, for tests."
     )
     parser.add_argument("--port", type=int, default=8000)
     parser.add_argument("--model", default="fake")
