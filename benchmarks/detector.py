@@ -4,23 +4,28 @@
 
 FOLDER (default: ../shared beside the repository) holds labels/labelled.jsonl (by document id),
 labels/hard.jsonl (with text) and corpus/*.jsonl.zst. Each sample is reported by itself, since
-their rates differ; brackets are 95 % bootstrap intervals over documents.
+their rates differ, and the five stances (the most probable one; no AI discourse is unrelated) over
+labelled.jsonl; brackets are 95 % bootstrap intervals over documents.
 """
 
 import argparse
 import json
 import sys
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import polars as pl
 import pyarrow as pa
 
 from curation.detect import metrics
 from curation.detect.blocklist import Blocklist
 from curation.detect.fasttext import Detector
+from curation.inspection.agreement import agreement
 from curation.records import read_records
+from curation.schema import STANCES
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 THRESHOLD = 0.5
@@ -63,6 +68,20 @@ def figures(texts: list[str], truth: np.ndarray) -> dict[str, dict[str, metrics.
     }
 
 
+def stances(shared: Path) -> dict[str, Any]:
+    """Agreement of the most probable stance with the labels of labelled.jsonl."""
+    labelled = {r["id"]: r for _, r in read_records(str(shared / "labels/labelled.jsonl"))}
+    found = [
+        (labelled[r["id"]], r["text"])
+        for path in sorted((shared / "corpus").glob("*.jsonl.zst"))
+        for _, r in read_records(str(path))
+        if r["id"] in labelled
+    ]
+    truth = pl.Series([r["stance"] if r["is_ai_discourse"] else "unrelated" for r, _ in found])
+    probability = Detector.load().predict(pa.array([text for _, text in found], pa.large_string()))
+    return asdict(agreement(truth, pl.Series([STANCES[k] for k in probability.argmax(axis=1)])))
+
+
 def report(shared: Path) -> dict[str, Any]:
     found = samples(shared)
     return {
@@ -73,6 +92,7 @@ def report(shared: Path) -> dict[str, Any]:
             name: {"documents": len(texts), "discourse": int(truth.sum()), "methods": figures(texts, truth)}
             for name, (texts, truth) in found.items()
         },
+        "stances": stances(shared),
     }
 
 
@@ -82,6 +102,12 @@ def show(result: dict[str, Any]) -> None:
         for method, row in sample["methods"].items():
             cells = [f"{k} {v.value:.2f} [{v.low:.2f}, {v.high:.2f}]" for k, v in row.items()]
             print(f"  {method:<10} " + "  ".join(cells))
+    five = result["stances"]
+    rows = {name: five[name] for name in ("macro_f1", "accuracy", "kappa")}
+    rows |= {f"F1 of {one['name']} ({one['num_truth']})": one["f1"] for one in five["classes"]}
+    print(f"\nfive stances: {five['num_documents']} documents")
+    for name, row in rows.items():
+        print(f"  {name:<22} {row['value']:.2f} [{row['low']:.2f}, {row['high']:.2f}]")
 
 
 def main() -> None:

@@ -95,7 +95,8 @@ class Label(Section):
     budget_usd: Annotated[float, Field(gt=0)] | None = None
     input_usd: Annotated[float, Field(ge=0)] = 0.0
     output_usd: Annotated[float, Field(ge=0)] = 0.0
-    gpu_tokens_per_second: Annotated[float, Field(ge=0)] = 0.0  # of one GPU, for the plan's GPU-hours
+    gpu_tokens_per_second: Annotated[float, Field(ge=0)] = 0.0  # of one GPU, for the plan; else measured
+    gpus: Annotated[int, Field(ge=1)] = 1  # that the model runs on, for GPU-hours from measured throughput
     cache: str = "~/.cache/tilth/labels"  # shared by all runs
 
     @model_validator(mode="after")

@@ -14,6 +14,7 @@ kernel lets go however it ends, so a dead owner's claims are free at once.
 import contextlib
 import fcntl
 import hashlib
+import itertools
 import os
 import sqlite3
 import time
@@ -31,6 +32,7 @@ _FILE = "labels.sqlite"
 _OWNERS = "owners"
 _VERSION = 1
 _BUSY_S = 60.0  # transactions are short: longer means that something else holds the file
+_RECENT, _ENOUGH, _PAUSE_S = 5_000, 20, 30.0
 _TABLES = """
 CREATE TABLE IF NOT EXISTS settings(id INTEGER PRIMARY KEY, key TEXT UNIQUE NOT NULL);
 CREATE TABLE IF NOT EXISTS answers(
@@ -162,6 +164,20 @@ class Cache:
         """Tokens of everything that `payer` asked for itself."""
         sums = "SELECT COALESCE(SUM(input_tokens), 0), COALESCE(SUM(output_tokens), 0) FROM answers WHERE payer = ?"
         return Usage(*self._db.execute(sums, (payer,)).fetchone())
+
+    def tokens_per_second(self, keys: Keys) -> float | None:
+        """Prompt and answer tokens a second of the setting's last answers, over all that asked at once; None where
+        there are too few to tell. Pauses are left out."""
+        found = self._db.execute(
+            "SELECT created, input_tokens + output_tokens FROM answers WHERE setting = ? AND error IS NULL "
+            "ORDER BY rowid DESC LIMIT ?",
+            (self._setting(keys.setting), _RECENT),
+        ).fetchall()
+        tokens = seconds = 0.0
+        for (later, count), (earlier, _) in itertools.pairwise(found):
+            if 0 <= later - earlier < _PAUSE_S:
+                tokens, seconds = tokens + count, seconds + later - earlier
+        return tokens / seconds if len(found) >= _ENOUGH and seconds > 0 else None
 
     # Errors.
 

@@ -163,7 +163,7 @@ def _label(
             f"label: {counts['stopped']} ended it, {counts['not_reached']:,} documents were not reached: raise it, and "
             "the same command goes on with them"
         )
-    return {**counts, "plan": vars(told)}
+    return {**counts, "plan": {**vars(told), "gpu_hours": gpu_hours(told, work.section)}}
 
 
 @dataclass
@@ -279,6 +279,18 @@ def told_in_words(told: Plan, section: Label) -> str:
     )
     if told.usd:
         line += f", {told.usd:,.2f} USD"
-    if section.gpu_tokens_per_second:
-        line += f", {tokens / section.gpu_tokens_per_second / 3600:,.2f} GPU-hours"
+    hours = gpu_hours(told, section)
+    if hours is not None:
+        line += f", {hours:,.2f} GPU-hours at the throughput {'given' if section.gpu_tokens_per_second else 'measured'}"
     return line
+
+
+def gpu_hours(told: Plan, section: Label) -> float | None:
+    """From the throughput that the recipe states for one GPU, else from what was measured of all; None without
+    either."""
+    tokens = told.input_tokens + told.output_tokens
+    if section.gpu_tokens_per_second:
+        return tokens / section.gpu_tokens_per_second / 3600
+    if told.tokens_per_second:
+        return tokens / told.tokens_per_second / 3600 * section.gpus
+    return None

@@ -12,6 +12,7 @@ import asyncio
 import contextlib
 import json
 import os
+import re
 import tempfile
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping
 from pathlib import Path
@@ -27,6 +28,9 @@ _WORKER = Path(__file__).with_name("vllm_worker.py")
 _AT_ONCE = 10_000  # requests, 14 KB each, that wait in a file
 _SILENCE_S = 1800.0  # a model is downloaded and compiled in this time
 _TOO_LONG = ("ValueError", "VLLMValidationError")  # what vLLM calls a prompt that does not fit
+
+_ERROR = re.compile(r"[\w.]*(?:Error|Exception): .+")
+_FOLLOWS = ("initialization failed", "ActorDiedError", "Traceback")
 
 
 class VllmEngine:
@@ -126,7 +130,7 @@ async def _write(rows: AsyncIterator[Request], path: Path) -> set[str]:
 
 
 def _reason(log: Path) -> str:
-    """The last line of the log that names an error."""
+    """The last error that the log names, not those that only follow from it."""
     lines = log.read_text(errors="replace").splitlines()
-    named = [line for line in lines if "Error" in line and "Traceback" not in line]
-    return " ".join((named or lines or ["it said nothing"])[-1].split())[-300:]
+    found = [match[0] for line in lines if (match := _ERROR.search(line)) and not any(one in line for one in _FOLLOWS)]
+    return " ".join((found or lines or ["it said nothing"])[-1].split())[-300:]

@@ -2,27 +2,91 @@
 
 Reads requests from a file, writes a JSON line for each reply to the file descriptor, and ends when its standard input
 does, as it does when whoever started it is killed. Imports nothing of Tilth: Tilth need not be installed there.
+
+It is two processes: one works, this one ends what the other leaves. Ray's processes and vLLM's are not of one group, and
+when their starter dies early some stay for a minute, so those that lose their parent are made ours.
 """
 
+import contextlib
+import ctypes
 import json
 import os
+import select
 import signal
 import sys
-import threading
 import time
 import traceback
 from typing import Any
 
-_GRACE_S = 20.0
+_GRACE_S, _REST_S = 15.0, 5.0  # for the working process, and for what it leaves
+_SET_CHILD_SUBREAPER = 36
 _STRUCTURED = {"backend": "guidance", "disable_any_whitespace": True}
 _ENVIRONMENT = ("VLLM_", "HF_HOME", "HF_HUB_", "TRANSFORMERS_")
 
 
 def main() -> None:
-    asked, replies = json.loads(sys.argv[1]), os.fdopen(int(sys.argv[2]), "w", encoding="utf-8")
-    threading.Thread(target=_end_with_parent, daemon=True).start()
+    asked, file = json.loads(sys.argv[1]), int(sys.argv[2])
+    ctypes.CDLL(None).prctl(_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
+    worker = os.fork()
+    if worker:
+        os.close(file)
+        os._exit(_watch(worker))
+    os.set_inheritable(file, False)
+    _work(asked, file)
+
+
+def _watch(worker: int) -> int:
+    """Waits for the worker or the end of our input; then nothing of it is left. Its exit status."""
+    status, deadline = None, float("inf")
+    while status is None and time.monotonic() < deadline:
+        if deadline == float("inf") and select.select([0], [], [], 0.2)[0] and not os.read(0, 4096):
+            os.kill(worker, signal.SIGTERM)  # Ray's handler ends its session
+            deadline = time.monotonic() + _GRACE_S
+        elif deadline < float("inf"):
+            time.sleep(0.1)
+        status = _reap(worker)
+    deadline = time.monotonic() + (_REST_S if status is not None else 0)
+    while _descendants(os.getpid()) and time.monotonic() < deadline:
+        _reap(worker)
+        time.sleep(0.1)
+    while left := _descendants(os.getpid()):  # again: they may have started more
+        for pid in left:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        time.sleep(0.05)
+        _reap(worker)
+    return 1 if status is None else status
+
+
+def _reap(worker: int) -> int | None:
+    """Takes the dead off the kernel's list; the worker's exit status if it was among them."""
+    found = None
+    with contextlib.suppress(ChildProcessError):
+        while (ended := os.waitpid(-1, os.WNOHANG))[0]:
+            if ended[0] == worker:
+                found = 0 if ended[1] == 0 else 1
+    return found
+
+
+def _descendants(pid: int) -> list[int]:
+    children: dict[int, list[int]] = {}
+    for entry in filter(str.isdigit, os.listdir("/proc")):
+        with contextlib.suppress(OSError), open(f"/proc/{entry}/stat") as file:
+            state, parent = file.read().rsplit(")", 1)[1].split()[:2]
+            if state != "Z":
+                children.setdefault(int(parent), []).append(int(entry))
+    found, open_ = [], [pid]
+    while open_:
+        more = children.get(open_.pop(), [])
+        found += more
+        open_ += more
+    return found
+
+
+def _work(asked: dict[str, Any], file: int) -> None:
     import ray
 
+    replies = os.fdopen(file, "w", encoding="utf-8")
     if asked["address"]:
         ray.init(address=asked["address"])
     else:
@@ -82,13 +146,6 @@ def _processor(asked: dict[str, Any]) -> Any:
         }  # fmt: skip
 
     return build_processor(config, preprocess=before, postprocess=after)
-
-
-def _end_with_parent() -> None:
-    sys.stdin.buffer.read()
-    os.kill(os.getpid(), signal.SIGTERM)  # Ray's handler ends its session
-    time.sleep(_GRACE_S)
-    os._exit(1)
 
 
 if __name__ == "__main__":

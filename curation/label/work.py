@@ -124,6 +124,8 @@ class Plan:
     input_tokens: int
     output_tokens: int
     usd: float
+    tokens_per_second: float | None = None
+    """Of all servers together, as measured in earlier runs with this model and schema."""
 
 
 class _Document:
@@ -204,7 +206,10 @@ class Labeller:
             ]
             found.update(documents=1, windows=len(document.windows), requests=len(asks))
             usage = Usage(*map(sum, zip(usage, *map(self._tokens, asks), strict=True)))
-        return Plan(found["documents"], found["windows"], found["requests"], *usage, self._limits.price(usage))
+        return Plan(
+            found["documents"], found["windows"], found["requests"], *usage, self._limits.price(usage),
+            self._cache.tokens_per_second(self._keys),
+        )  # fmt: skip
 
     async def rows(self, documents: Iterable[tuple[str, str]]) -> AsyncGenerator[LabelRow | RejectRow, None]:
         """The outcome of each (id, text), as they come; none for those not reached."""

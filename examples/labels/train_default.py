@@ -2,13 +2,13 @@
 
     python -m examples.labels.train_default CORPUS_FOLDER [-o curation/detect/models/default.bin]
 
-Training rows are our own documents (examples/corpus, examples/pool) and passages of others' texts
+Training rows are our own documents (examples/corpus, examples/pool, documents.jsonl) and passages of others' texts
 that may be used so. The latter are not kept here: passages.jsonl names them by document id and
 character offsets, with the stance, and CORPUS_FOLDER holds the documents as JSON lines (.zst) with
 `id` and `text`. `how` is `read` where a language model working for this project read and labelled
-the passage, and `no AI word` where it was taken as unrelated since its window (of ~200 words; for
-fiction, the whole book) has none of the words that could make it AI discourse. Sources and
-licences: models/default.md.
+the passage, `read twice` where two did, apart, and said the same, and `no AI word` where it was taken as unrelated
+since its window (of ~200 words; for fiction, the whole book) has none of the words that could make it AI discourse.
+Sources and licences: models/default.md.
 """
 
 import argparse
@@ -28,7 +28,8 @@ DEFAULT = EXAMPLES.parent / "curation" / "detect" / "models" / "default.bin"
 
 def own_rows() -> list[dict[str, str]]:
     """Text and stance of every document that we wrote."""
-    paths = sorted([*EXAMPLES.glob("corpus/*.jsonl"), *EXAMPLES.glob("pool/*.jsonl")])
+    folders = ("corpus/*", "pool/*", "labels/documents")
+    paths = sorted(path for folder in folders for path in EXAMPLES.glob(f"{folder}.jsonl"))
     return [{"text": r["text"], "stance": r["stance"]} for path in paths for _, r in read_records(str(path))]
 
 

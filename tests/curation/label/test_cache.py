@@ -182,3 +182,12 @@ def test_folders_that_cannot_be_used(tmp_path):
     (broken / "labels.sqlite").write_bytes(b"not a database at all, but long enough to be read" * 100)
     with pytest.raises(UserError, match="can't be used"):
         Cache(broken)
+
+
+def test_throughput_is_tokens_over_the_time_between_answers_without_pauses(cache):
+    assert cache.tokens_per_second(KEYS) is None
+    for n in range(30):
+        put(cache, f"t{n}")
+        # 12 tokens twice a second, and a night in the middle.
+        cache._db.execute("UPDATE answers SET created = ? WHERE rowid = ?", (n / 2 + 36_000 * (n > 14), n + 1))
+    assert cache.tokens_per_second(KEYS) == pytest.approx(24)

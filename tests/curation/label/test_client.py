@@ -1,6 +1,6 @@
-"""The client against a local aiohttp server. The server is a FAKE (curation/label/fake_server.py): it answers by a hash of
-the document and fails on purpose. It shows what the client does about failures; it can't show a real server's speed,
-its schema enforcement or its own way of failing (those are in the tests with vLLM)."""
+"""The client against a local aiohttp server. The server is a FAKE (curation/label/fake_server.py): it answers by a
+hash of the document and fails on purpose. It shows what the client does about failures; it can't show a real server's
+speed, its schema enforcement or its own way of failing (those are in the tests with vLLM)."""
 
 import asyncio
 import logging

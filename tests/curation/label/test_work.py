@@ -1,7 +1,7 @@
 """Documents to rows: everything ends as a label or a quarantine row, nothing finished is asked twice.
 
-The model is a FAKE behind a real local HTTP server (curation/label/fake_server.py). Its labels are a hash of the document:
-these tests show the machinery, not the quality of labels nor a model's resistance to injected orders."""
+The model is a FAKE behind a real local HTTP server (curation/label/fake_server.py). Its labels are a hash of the
+document: these tests show the machinery, not the quality of labels nor a model's resistance to injected orders."""
 
 import json
 import random
