@@ -48,7 +48,7 @@ class Round(NamedTuple):
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--pairs", type=int, default=7)
+    parser.add_argument("--pairs", type=int, default=5)
     parser.add_argument("--requests", type=int, default=384, help="of a run")
     parser.add_argument("--concurrency", type=int, default=32)
     parser.add_argument("--words", type=int, default=70, help="of a prompt")
@@ -99,7 +99,7 @@ def duel(server: Server, options: argparse.Namespace, folder: Path) -> dict:
 def prompts(options: argparse.Namespace, seed: int) -> list[str]:
     """Of random words, different from the first word on."""
     rng = random.Random(seed)
-    words = [rng.choice(("ro", "ma", "li", "te", "su")) + rng.choice(("bot", "chine", "ne", "st")) for _ in range(400)]
+    words = [a + b for a in ("ro", "ma", "li", "te", "su") for b in ("bot", "chine", "ne", "st")]
     return [
         " ".join([f"{rng.getrandbits(40):x}", *rng.choices(words, k=options.words - 1)])
         for _ in range(options.requests)

@@ -12,15 +12,12 @@ Scope: softmax models without subwords, as `tilth detect train` writes; `fold` r
 """
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from numba import njit
 
 from curation.errors import UserError
-
-if TYPE_CHECKING:
-    from scipy.sparse import csr_matrix
 
 _FNV_OFFSET, _FNV_PRIME = np.uint32(2166136261), np.uint32(16777619)
 _NGRAM_FACTOR = np.uint64(116049371)
@@ -89,29 +86,6 @@ def window_logits(
         model.ngrams, model.eos_id, model.eos_hash, out,
     )  # fmt: skip
     return out, window_bounds
-
-
-def window_matrix(
-    model: Folded, data: np.ndarray, offsets: np.ndarray, window_words: int
-) -> tuple["csr_matrix", np.ndarray]:
-    """What `window_logits` multiplies by the logit rows, for training: float64[num_windows, num_features], a row the
-    shares of the window's features; and the bounds of each document's windows."""
-    from scipy.sparse import csr_matrix
-
-    words_D = _count_words(data, offsets)
-    word_bounds = np.concatenate([[0], np.cumsum(words_D)])
-    window_bounds = np.concatenate([[0], np.cumsum(np.maximum(1, -(-words_D // window_words)))])
-    hashes, ids = _lookup(data, offsets, word_bounds, model.vocabulary, model.word_bounds, model.slots)
-    num_features = len(model.logits_FC)
-    columns, ends = _features(
-        hashes, ids, word_bounds, window_bounds, model.num_words, max(1, num_features - model.num_words), model.ngrams,
-        model.eos_id, model.eos_hash,
-    )  # fmt: skip
-    sizes_W = np.diff(ends)
-    shares = np.repeat(1 / np.maximum(1, sizes_W), sizes_W)
-    matrix = csr_matrix((shares, columns, ends), shape=(len(sizes_W), num_features))
-    matrix.sum_duplicates()
-    return matrix, window_bounds
 
 
 def window_features(model: Folded, text: bytes, window: int, num_windows: int) -> list[tuple[int, int, np.ndarray]]:
@@ -231,41 +205,6 @@ def _ngram_hash(hashes: np.ndarray, first: int, end: int) -> np.uint64:
     for at in range(first + 1, end):
         value = value * _NGRAM_FACTOR + np.uint64(np.int64(np.int32(hashes[at])))
     return value
-
-
-@njit(cache=True, nogil=True)
-def _features(
-    hashes: np.ndarray, ids: np.ndarray, word_bounds: np.ndarray, window_bounds: np.ndarray,
-    num_words: int, num_buckets: int, ngrams: int, eos_id: int, eos_hash: np.uint32,
-) -> tuple[np.ndarray, np.ndarray]:  # fmt: skip
-    """int64 features of all windows, one after the other as `_sum_windows` meets them, and int64[num_windows + 1],
-    where each window's begin."""
-    found = np.empty(ngrams * (len(hashes) + window_bounds[-1]), dtype=np.int64)
-    bounds = np.zeros(window_bounds[-1] + 1, dtype=np.int64)
-    buckets = np.uint64(num_buckets)
-    num = 0
-    for document in range(len(word_bounds) - 1):
-        first_word = word_bounds[document]
-        num_document_words = word_bounds[document + 1] - first_word
-        first_window = window_bounds[document]
-        num_windows = window_bounds[document + 1] - first_window
-        for window in range(num_windows):
-            start = first_word + window * num_document_words // num_windows
-            end = first_word + (window + 1) * num_document_words // num_windows
-            for at in range(start, end + 1):  # position `end` is </s>
-                word = ids[at] if at < end else eos_id
-                if word >= 0:
-                    found[num] = word
-                    num += 1
-                value = np.uint64(np.int64(np.int32(hashes[at] if at < end else eos_hash)))
-                for last in range(at + 1, min(at + ngrams, end + 1)):
-                    value = value * _NGRAM_FACTOR + np.uint64(
-                        np.int64(np.int32(hashes[last] if last < end else eos_hash))
-                    )
-                    found[num] = num_words + np.int64(value % buckets)
-                    num += 1
-            bounds[first_window + window + 1] = num
-    return found[:num], bounds
 
 
 @njit(cache=True, nogil=True)

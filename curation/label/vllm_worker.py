@@ -3,8 +3,8 @@
 Reads requests from a file, writes a JSON line for each reply to the file descriptor, and ends when its standard input
 does, as it does when whoever started it is killed. Imports nothing of Tilth: Tilth need not be installed there.
 
-It is two processes: one works, this one ends what the other leaves. Ray's processes and vLLM's are not of one group, and
-when their starter dies early some stay for a minute, so those that lose their parent are made ours.
+It is two processes: one works, this one ends what the other leaves. Ray's processes and vLLM's are not of one group,
+and when their starter dies early some stay for a minute, so those that lose their parent are made ours.
 """
 
 import contextlib

@@ -6,7 +6,7 @@ Training rows are our own documents (examples/corpus, examples/pool, documents.j
 that may be used so. The latter are not kept here: passages.jsonl names them by document id and
 character offsets, with the stance, and CORPUS_FOLDER holds the documents as JSON lines (.zst) with
 `id` and `text`. `how` is `read` where a language model working for this project read and labelled
-the passage, `read twice` where two did, apart, and said the same, and `no AI word` where it was taken as unrelated
+the passage, and `no AI word` where it was taken as unrelated
 since its window (of ~200 words; for fiction, the whole book) has none of the words that could make it AI discourse.
 Sources and licences: models/default.md.
 """

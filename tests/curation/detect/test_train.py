@@ -61,7 +61,7 @@ def test_same_rows_in_any_order_and_files_give_the_same_bytes(tmp_path: Path) ->
 
 
 def test_the_model_s_logits_are_the_mean_of_its_members() -> None:
-    data = Labelled([f"{word} tea {word} cake" for word in "abcde"] * 4, np.arange(20) % 5)
+    data = Labelled([f"{word} tea {word} cake" for word in "abcde"] * 4, np.arange(20) % 5, np.zeros(20, bool))
     lines = augmented(data.lines, data.classes.tolist())
     members = [training._fit_one(lines, key64(7, "member", k) % 2**31) for k in range(training.MEMBERS)]
     text, one_line = np.frombuffer(b"a tea cake d b", np.uint8), np.array([0, 14])
@@ -84,7 +84,7 @@ def test_near_duplicates_are_grouped_and_distinct_texts_are_not() -> None:
 
 def test_no_group_is_on_both_sides() -> None:
     lines = [" ".join(f"d{d}w{w}" for w in range(60)) + f" tail{copy}" for d in range(50) for copy in range(3)]
-    data = Labelled(lines, np.repeat(np.arange(50) % 5, 3))
+    data = Labelled(lines, np.repeat(np.arange(50) % 5, 3), np.zeros(150, bool))
     held_out = split(data, seed=0).reshape(50, 3)
     assert (held_out.all(axis=1) | ~held_out.any(axis=1)).all()
     assert held_out.any(axis=1).sum() == 10

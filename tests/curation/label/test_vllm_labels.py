@@ -28,6 +28,7 @@ from curation.label.work import REASONS, Labeller, LabelRow, iterate
 from curation.vllm import find_environment
 from evaluation.server import Server
 
+pytestmark = pytest.mark.slow
 LENGTH = 8192
 RUBRIC = Rubric.load()
 SUBJECTS = ("robot", "model", "assistant", "thermostat", "gardener", "engine")
@@ -155,10 +156,10 @@ def test_the_server_answers_under_the_schema_and_reads_the_shared_beginning_once
         check_answers(cache)
         found = {name: target.metric(name) - before[name] for name in (hits, read)}
         assert found[read] == counts.usage.input_tokens
-        # The rubric's beginning for most requests: all but those that came before the first was read.
+        # The rubric's beginning, in whole blocks, for all but the first that came at once.
         tokenizer = AutoTokenizer.from_pretrained(target.checkpoint)
         beginning = len(tokenizer(f"<system>{RUBRIC.messages('')[0]['content']}")["input_ids"])
-        assert found[hits] >= 0.6 * counts.requests * beginning
+        assert found[hits] >= (counts.requests - 8) * (beginning - 32)
 
         # The same again asks nothing.
         again = Labeller(target.client(), RUBRIC, cache)
