@@ -53,6 +53,7 @@ class _Run:
     busy: dict[str, float] = field(default_factory=dict)  # summed over workers
     stages: dict[str, dict[str, Any]] = field(default_factory=dict)
     warnings: list[str] = field(default_factory=list)
+    labelling: dict[str, Any] = field(default_factory=dict)  # plan and counts of this attempt's requests
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
@@ -174,6 +175,7 @@ def _label(run: _Run, names: list[str], on_line: Callable[[str], None]) -> None:
         parts, counts = label.label(work, on_line, lambda done, total: run.engine.on_progress("label", done, total))
         run.event("labels", **counts)
         run.record("label", parts)
+        run.labelling = counts if "plan" in counts else {}
 
 
 def _tokenise(run: _Run, names: list[str], spec: TokenizerSpec) -> TokenizerSpec:
@@ -343,6 +345,9 @@ def _finish(run: _Run, spec: TokenizerSpec, memory: PeakMemory) -> dict[str, Any
         run.event("done", changed=False)
         return {**before["summary"], "seconds": seconds}
     summary = summarise(run.folder.root, run.recipe, run.stages, seconds, run.busy, memory.peak_bytes())
+    if "labels" in summary:
+        earlier = ((before or {}).get("summary") or {}).get("labels") or {}
+        summary["labels"]["last_attempt"] = run.labelling or earlier.get("last_attempt")
     manifest["summary"] = {**summary, "warnings": run.warnings}
     with run.stage("report"):
         storage.commit_bytes(run.folder.path("recipe.yaml"), _recipe_yaml(run.recipe))

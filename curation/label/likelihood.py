@@ -19,7 +19,7 @@ from typing import Any
 
 from curation.errors import UserError
 from curation.label.backend import Failed, Messages, Reply, Request, Text, Usage
-from curation.label.model import revision_of
+from curation.label.model import identity_of, revision_of
 from curation.label.rubric import document_of
 
 _AT_ONCE = 8  # continuations in a batch; each has a copy of the prompt's keys and values
@@ -39,7 +39,7 @@ class Likelihood:
 
     @property
     def identity(self) -> Mapping[str, str]:
-        return {"backend": "transformers", "model": Path(self.model).name, "revision": self.revision}
+        return identity_of("transformers", self.model, self.revision)
 
     @property
     def sampling(self) -> Mapping[str, Any]:

@@ -1,11 +1,18 @@
 """Which weights a name stands for: part of every key in the cache."""
 
 import hashlib
+from collections.abc import Mapping
 from pathlib import Path
 
 from curation.errors import UserError
 
 _READ = 1 << 24
+
+
+def identity_of(backend: str, model: str, revision: str) -> Mapping[str, str]:
+    """Backend.identity of a checkpoint: where its folder lies does not matter."""
+    name = Path(model).resolve().name if Path(model).is_dir() else model
+    return {"backend": backend, "model": name, "revision": revision}
 
 
 def revision_of(model: str, revision: str = "") -> str:

@@ -21,7 +21,7 @@ from typing import Any
 from curation.errors import TilthError
 from curation.label.backend import Failed, Reply, Request, Text, Usage
 from curation.label.client import SAMPLING
-from curation.label.model import revision_of
+from curation.label.model import identity_of, revision_of
 from curation.vllm import find_environment
 
 _WORKER = Path(__file__).with_name("vllm_worker.py")
@@ -51,7 +51,7 @@ class VllmEngine:
 
     @property
     def identity(self) -> Mapping[str, str]:
-        return {"backend": "vllm", "model": self.model, "revision": self.revision}
+        return identity_of("vllm", self.model, self.revision)
 
     @property
     def sampling(self) -> Mapping[str, Any]:

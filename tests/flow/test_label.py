@@ -99,6 +99,10 @@ def test_a_budget_ends_it_cleanly_and_a_higher_one_goes_on(write, server, tmp_pa
     assert first["not_reached"] == first["asked"] - 40 > 0
     assert any("max_documents ended it" in line for line in said)
     calls = server.calls.total()
+    planned = json.loads((tmp_path / "run/manifest.json").read_text())["summary"]["labels"]["last_attempt"]
+    assert planned["stopped"] == "max_documents"
+    assert planned["plan"]["documents"] == 40
+    assert planned["input_tokens"] + planned["output_tokens"] > 0
     second = curate(write(), str(tmp_path / "run"))["labels"]
     assert second["not_reached"] == 0
     assert server.calls.total() == calls + second["asked"] - 40
@@ -142,6 +146,7 @@ def test_a_budget_without_prices_and_a_missing_server_are_one_sentence(write, tm
         curate(write(base_url="http://127.0.0.1:9/v1"), str(tmp_path / "run"))
 
 
+@pytest.mark.slow
 def test_the_next_detector_learns_from_the_labels_and_says_what_it_gained(write, root, tmp_path, ray_session):
     """Labels are those of our documents, each stance called by the next one's name: what the run's detector, which was
     trained on the documents, cannot know."""

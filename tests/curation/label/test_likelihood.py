@@ -229,6 +229,7 @@ def test_a_broken_checkpoint_is_said_in_one_sentence(tmp_path):
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.slow
 def test_curate_labels_with_a_model_in_this_process(checkpoints, root, tmp_path, ray_session):
     checkpoint = checkpoints("llama", True)
     rows = [json.loads(line) for line in (root / "examples/corpus/hard_cases.jsonl").open()][:40]
