@@ -60,7 +60,7 @@ def test_workers_hold_a_tenth_of_the_corpus_at_most(big_corpus, make_recipe, roo
         env=environment,
         capture_output=True,
         text=True,
-        timeout=500,
+        timeout=1500,
     )
     assert done.returncode == 0, done.stderr[-3000:]
     assert not list(tmp_path.glob("killed-*"))
