@@ -38,6 +38,7 @@ def summarise(
         "quarantined_total": total,
         "discourse": detected["discourse"],
         "blocklist": detected["blocklist"],
+        "stances_of": "student",  # what a language model said is under `labels`
         "stances": {k.removeprefix("stance:"): n for k, n in sorted(detected.items()) if k.startswith("stance:")},
         **({"labels": _labels(_sums(stages["label"]))} if "label" in stages else {}),
         "duplicates": {k: deduped[k] for k in ("exact", "near", "duplicate_id")},
