@@ -33,12 +33,13 @@ print(json.dumps(curate(Recipe.load(sys.argv[1]), sys.argv[2], workers=2)))
 @pytest.fixture
 def big_corpus(tmp_path) -> Path:
     """JSON lines of words drawn at random, 50 kB a document."""
-    words = np.array([f"{a}{b}" for a in ("north", "light", "stone", "field", "river") for b in range(4000)])
+    words = [f"{a}{b}" for a in ("north", "light", "stone", "field", "river") for b in range(4000)]
     draw = np.random.default_rng(0)
     path, size = tmp_path / "big.jsonl", 0
     with open(path, "w") as handle:
         while size < CORPUS_BYTES:
-            size += handle.write(json.dumps({"id": size, "text": " ".join(draw.choice(words, 5500))}) + "\n")
+            drawn = (words[k] for k in draw.integers(len(words), size=5500).tolist())
+            size += handle.write(json.dumps({"id": size, "text": " ".join(drawn)}) + "\n")
     return path
 
 
