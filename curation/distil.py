@@ -21,6 +21,7 @@ from curation.inspection.agreement import agreement
 from curation.inspection.human import match
 from curation.inspection.run import Run, collect
 from curation.label.windows import choose
+from curation.manifest import DOCUMENTS
 from curation.recipe import Recipe
 from curation.schema import STANCES
 from curation.steps import explainer
@@ -56,13 +57,12 @@ def _rows(run: Run, recipe: Recipe, left_out: set[str]) -> Iterator[Row]:
     labelled = run.labels.filter(pl.col("llm_stance").is_not_null()).select("id", "part", "llm_stance")
     for (part,), found in sorted(collect(labelled).group_by("part")):
         stances = dict(found.select("id", "llm_stance").iter_rows())
-        wanted = pl.col("id").is_in(list(stances))
-        texts = collect(run.documents.filter((pl.col("part") == part) & wanted).select("id", "text"))
-        for identity, text in texts.iter_rows():
-            if identity not in left_out:
+        documents = run.folder.read(f"{DOCUMENTS}/{part}.parquet", ["id", "text"])
+        for identity, text in zip(documents["id"].to_pylist(), documents["text"].to_pylist(), strict=True):
+            if identity in stances and identity not in left_out:
                 spans = list(explain(text)) if len(text) > size else []
                 read = " ".join(text[a:b] for a, b in choose(text, spans, characters=size, at_most=at_most))
-                yield Row(f"{run.folder.root} document {identity}", read, stances[identity])
+                yield Row(read, stances[identity])
 
 
 def _against(rows: pl.DataFrame, before: Detector, after: Detector) -> dict[str, Any]:

@@ -31,6 +31,18 @@ def root():
 
 
 @pytest.fixture(scope="session")
+def vllm():
+    """Skips where vLLM's environment is missing, and says how to make it."""
+    from curation.errors import UserError
+    from curation.vllm import find_environment
+
+    try:
+        find_environment()
+    except UserError as error:
+        pytest.skip(str(error))
+
+
+@pytest.fixture(scope="session")
 def ray_session():
     """One local Ray for all tests that run pipelines in this process."""
     import logging

@@ -49,6 +49,11 @@ class Detector:
         for a missing file, one that is not a fastText model, or one with other labels."""
         return _load(str(_DEFAULT) if path == "default" else path)
 
+    @staticmethod
+    def forget() -> None:
+        """For who has written a model file: the next `load` reads it."""
+        _load.cache_clear()
+
     def predict(self, texts: pa.Array) -> np.ndarray:
         """float32[n, 5]: probability of each of schema.STANCES for each text; rows sum to 1."""
         logits_WC, bounds = self._windows(texts)

@@ -14,7 +14,6 @@ from aiohttp import web
 from training_helpers import SHAPE, small_config
 
 from curation.errors import TilthError, UserError
-from curation.vllm import find_environment
 from evaluation.backends import Ask, Generate
 from evaluation.backends import openai as module
 from evaluation.backends.openai import OpenAI
@@ -321,12 +320,7 @@ def checkpoint(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def served(checkpoint):
-    """Skips where vLLM's environment is missing, and says how to make it."""
-    try:
-        find_environment()
-    except UserError as missing:
-        pytest.skip(str(missing))
+def served(vllm, checkpoint):
     with Server(checkpoint, max_length=32) as server:
         yield server
 

@@ -14,7 +14,6 @@ import pytest
 from training_helpers import SHAPE, small_config
 
 from curation.errors import TilthError, UserError
-from curation.vllm import find_environment
 from evaluation.server import Server
 
 
@@ -26,15 +25,6 @@ def checkpoint(tmp_path_factory):
     # vLLM's attention on CPU takes heads of 32 and more.
     shape = SHAPE.model_copy(update={"hidden_size": 64, "num_heads": 2, "num_kv_heads": 1})
     return train(small_config(tmp_path_factory.mktemp("served"), steps=4, shape=shape))["model"]
-
-
-@pytest.fixture
-def vllm():
-    """Skips where vLLM's environment is missing, and says how to make it."""
-    try:
-        find_environment()
-    except UserError as error:
-        pytest.skip(str(error))
 
 
 def descendants(pid: int) -> list[psutil.Process]:

@@ -1,21 +1,10 @@
 """The suite by a real vLLM server against the suite in this process: one checkpoint, float32, the same numbers."""
 
 import polars as pl
-import pytest
 from evaluation_helpers import question, small_suite, write_checkpoint
 
-from curation.errors import UserError
-from curation.vllm import find_environment
 from evaluation import results
 from evaluation.run import evaluate
-
-
-@pytest.fixture(scope="module")
-def vllm():
-    try:
-        find_environment()
-    except UserError as error:
-        pytest.skip(str(error))
 
 
 def test_both_backends_choose_the_same(vllm, tmp_path):

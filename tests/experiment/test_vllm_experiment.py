@@ -1,19 +1,8 @@
 """Two arms asked through a real vLLM server and in this process: the same choices."""
 
 import polars as pl
-import pytest
 
-from curation.errors import UserError
-from curation.vllm import find_environment
 from tilth.experiment.run import experiment
-
-
-@pytest.fixture(scope="module")
-def vllm():
-    try:
-        find_environment()
-    except UserError as error:
-        pytest.skip(str(error))
 
 
 def test_both_backends_choose_the_same(vllm, write_recipe, tmp_path, ray_session):

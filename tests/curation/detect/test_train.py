@@ -60,6 +60,14 @@ def test_same_rows_in_any_order_and_files_give_the_same_bytes(tmp_path: Path) ->
     assert detector.predict(pa.array([r["text"] for r in records[:2]]))[:, 0].min() > 0.5
 
 
+def test_a_model_written_over_a_loaded_one_is_the_one_that_loads(tmp_path: Path) -> None:
+    out, records = str(tmp_path / "one.bin"), rows(15)
+    first = train([write(tmp_path / "a.jsonl", records)], out)
+    assert Detector.load(out).fingerprint == first["sha256"]
+    second = train([write(tmp_path / "b.jsonl", records[:-1])], out)
+    assert first["sha256"] != second["sha256"] == Detector.load(out).fingerprint
+
+
 def test_the_model_s_logits_are_the_mean_of_its_members() -> None:
     data = Labelled([f"{word} tea {word} cake" for word in "abcde"] * 4, np.arange(20) % 5, np.zeros(20, bool))
     lines = augmented(data.lines, data.classes.tolist())

@@ -18,29 +18,19 @@ import psutil
 import pytest
 from evaluation_helpers import write_checkpoint
 
-from curation.errors import TilthError, UserError
+from curation.errors import TilthError
 from curation.label.backend import Text
 from curation.label.cache import Cache
 from curation.label.client import Client
 from curation.label.rubric import Rubric
 from curation.label.vllm_engine import VllmEngine
 from curation.label.work import REASONS, Labeller, LabelRow, iterate
-from curation.vllm import find_environment
 from evaluation.server import Server
 
 pytestmark = pytest.mark.slow
 LENGTH = 8192
 RUBRIC = Rubric.load()
 SUBJECTS = ("robot", "model", "assistant", "thermostat", "gardener", "engine")
-
-
-@pytest.fixture(scope="module")
-def vllm():
-    """Skips where vLLM's environment is missing, and says how to make it."""
-    try:
-        find_environment()
-    except UserError as error:
-        pytest.skip(str(error))
 
 
 @pytest.fixture(scope="module")
