@@ -7,6 +7,6 @@ sees all parts; it writes one CLUSTER row for each document and removes nothing 
 from curation.dedup.barrier import REJECTS_PART, Outcome, cluster
 from curation.dedup.signatures import signature_table
 
-STAGE_VERSION = 1
+STAGE_VERSION = 2
 
 __all__ = ["REJECTS_PART", "STAGE_VERSION", "Outcome", "cluster", "signature_table"]

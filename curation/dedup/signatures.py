@@ -13,7 +13,7 @@ def signature_table(documents: pa.Table, labels: pa.Table, section: Dedup) -> pa
     """SIGNATURE rows for DOCUMENT rows and their row-aligned LABEL rows. The table's metadata says which
     signatures they are: only equal ones compare."""
     hasher = overlap.MinHasher(section.bands * section.rows, section.ngram)
-    signatures, num_shingles = hasher.signatures(documents["text"])
+    signatures, num_shingles = hasher.sign(documents["text"])
     columns = [
         documents["id"],
         pa.array(overlap.text_hash(documents["text"]), pa.binary(16)),

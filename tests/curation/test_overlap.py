@@ -42,7 +42,7 @@ def shingles(text: str, ngram: int) -> list[bytes]:
 @given(st.one_of(TEXTS, st.text(max_size=300)), st.sampled_from([(16, 1, 1), (128, 5, 1), (33, 3, 7)]))
 def test_signatures_are_datasketchs_own(text, how):
     num_perm, ngram, seed = how
-    signature, num_shingles = MinHasher(num_perm, ngram, seed).signatures(pa.array([text]))
+    signature, num_shingles = MinHasher(num_perm, ngram, seed).sign(pa.array([text]))
     theirs = datasketch.MinHash(num_perm, seed=seed, scheme="affine32", hashfunc=overlap.hash_shingle)
     theirs.update_batch(shingles(text, ngram))
     assert signature[0].tolist() == theirs.hashvalues.tolist()
@@ -84,7 +84,7 @@ def test_any_arrow_layout_gives_the_same_rows(texts, cut, ngram):
     hasher = MinHasher(32, ngram)
     expected, counts = [], []
     for text in texts:
-        signature, count = hasher.signatures(pa.array([text or ""]))
+        signature, count = hasher.sign(pa.array([text or ""]))
         expected.append(signature[0].tolist())
         counts.append(count[0])
     whole = pa.array(["gone", *texts, "gone"], pa.large_string())
@@ -97,7 +97,7 @@ def test_any_arrow_layout_gives_the_same_rows(texts, cut, ngram):
         pa.chunked_array([pa.array(texts, pa.string()).slice(len(texts)), pa.array(texts, pa.string())]),
     ]
     for layout in layouts:
-        signatures, num_shingles = hasher.signatures(layout)
+        signatures, num_shingles = hasher.sign(layout)
         assert signatures.shape == (len(texts), 32)
         assert signatures.tolist() == expected
         assert num_shingles.tolist() == counts
@@ -113,7 +113,7 @@ def test_bytes_behind_a_null_are_not_read():
     buffers = [pa.py_buffer(b"\x01"), pa.py_buffer(np.array([0, 3, 9], np.int32)), pa.py_buffer(b"a bhidden")]
     array = pa.Array.from_buffers(pa.string(), 2, buffers)
     assert array.to_pylist() == ["a b", None]
-    assert MinHasher(4, 1).signatures(array)[1].tolist() == [2, 0]
+    assert MinHasher(4, 1).sign(array)[1].tolist() == [2, 0]
 
 
 def test_bytes_that_are_not_utf8_end_in_the_array():
@@ -129,12 +129,12 @@ def words_of(array: pa.Array) -> bytes:
 @pytest.mark.parametrize("array", [pa.array([1, 2]), pa.array([b"x"]), pa.chunked_array([pa.array([["x"]])])])
 def test_other_types_are_refused_by_name(array):
     with pytest.raises(TypeError, match=r"column of strings, not (int64|binary|list)"):
-        MinHasher(4, 1).signatures(array)
+        MinHasher(4, 1).sign(array)
 
 
 def test_no_rows():
     for array in (pa.array([], pa.string()), pa.chunked_array([], pa.large_string())):
-        signatures, num_shingles = MinHasher(4, 1).signatures(array)
+        signatures, num_shingles = MinHasher(4, 1).sign(array)
         assert signatures.shape == (0, 4)
         assert num_shingles.shape == (0,)
         assert overlap.text_hash(array) == []
@@ -149,9 +149,9 @@ def test_sizes_are_checked(num_perm, ngram):
 def test_a_signature_covers_the_first_words_and_a_set_all():
     numbers = [str(i) for i in range(overlap.MAX_WORDS + 10)]
     hasher = MinHasher(8, 5)
-    long, cut = hasher.signatures(pa.array([" ".join(numbers), " ".join(numbers[: overlap.MAX_WORDS])]))[0]
+    long, cut = hasher.sign(pa.array([" ".join(numbers), " ".join(numbers[: overlap.MAX_WORDS])]))[0]
     assert long.tolist() == cut.tolist()
-    assert hasher.signatures(pa.array([" ".join(numbers)]))[1].tolist() == [overlap.MAX_WORDS - 4]
+    assert hasher.sign(pa.array([" ".join(numbers)]))[1].tolist() == [overlap.MAX_WORDS - 4]
     sets = overlap.shingle_sets(pa.array([" ".join(numbers)]), 5)
     assert (sets.ends - sets.starts).tolist() == [overlap.MAX_WORDS + 6]  # and no two shingles share a hash
 

@@ -56,7 +56,7 @@ def expected_leaders(rows: list[dict]) -> dict[str, str]:
             continue
         first_of_text[row["text"]] = row["id"]
         follows[row["id"]] = row["id"]
-        (signature,), (count,) = hasher.signatures(pa.array([row["text"]]))
+        (signature,), (count,) = hasher.sign(pa.array([row["text"]]))
         bands = [(b, *signature[8 * b : 8 * b + 8].tolist()) for b in range(16)] if count else []
         candidates = {leader["id"] for band in bands for leader in leaders_of_band.get(band, [])}
         for other in ranked:
@@ -97,7 +97,7 @@ def test_same_input_same_bytes(run_dedup, document):
 @given(st.integers(0, 2**32 - 1))
 def test_every_removed_document_was_verified_against_a_preferred_one(seed):
     texts = [text for text, _ in corpus(seed, num_families=8) if len(text.split()) >= 5]
-    signatures, num_shingles = overlap.MinHasher(128, 5).signatures(pa.array(texts, pa.string()))
+    signatures, num_shingles = overlap.MinHasher(128, 5).sign(pa.array(texts, pa.string()))
     columns = {"text": texts, "num_shingles": num_shingles, "salt": np.zeros(len(texts), np.uint64)}
     frame = pl.DataFrame({**columns, "signature": pl.Series(signatures.tolist(), dtype=pl.List(pl.UInt32))})
     leader, similarity, crowded = near.find_leaders(frame, Dedup())

@@ -1,0 +1,103 @@
+"""How characters fold, as tables for the kernels, made from Python's unicodedata.
+
+A character that its version does not know separates words, and stays as it is in a text.
+"""
+
+import unicodedata
+from collections.abc import Callable, Iterator
+from functools import lru_cache
+from typing import NamedTuple
+
+import numpy as np
+
+from curation.overlap.kernels import ALONE, COPY, Int32s, Uint8s
+
+
+class Table(NamedTuple):
+    """`ascii` maps byte to byte, as the kernels' blocks do when `symbols` says that they keep symbols; `entry_of`
+    a code point to an entry of `blob`, or to COPY or ALONE. Entry k is blob[starts[k]:starts[k + 1]]. `most`
+    bounds the bytes out for one byte in of a character that is not ASCII."""
+
+    ascii: Uint8s
+    entry_of: Int32s
+    starts: Int32s
+    blob: Uint8s
+    most: int
+    symbols: bool
+
+
+class Tables(NamedTuple):
+    words: Table
+    text: Table
+
+
+# Ranges of code points that have properties worth asking for; the rest is Han, private or unassigned.
+_ASKED = ((0x80, 0x3400), (0x4DC0, 0x4E00), (0xA000, 0xD800), (0xF900, 0x20000), (0x2F800, 0x2FA20), (0xE0000, 0xE0200))
+_HAN = ((0x3400, 0x4DC0), (0x4E00, 0xA000), (0x20000, 0x2F800), (0x30000, 0x3FFFE))
+_UNSPACED = (
+    *_HAN,
+    (0x3005, 0x3008),
+    (0x3040, 0x3100),
+    (0x31F0, 0x3200),
+    (0x0E00, 0x0F00),
+    (0x1000, 0x10A0),
+    (0x1780, 0x1800),
+)
+_SELECTORS = ((0x034F, 0x0350), (0x180B, 0x1810), (0xFE00, 0xFE10), (0xE0100, 0xE01F0))
+
+
+def _within(ranges: tuple[tuple[int, int], ...]) -> frozenset[int]:
+    return frozenset(point for lo, hi in ranges for point in range(lo, hi))
+
+
+def _characters() -> Iterator[str]:
+    for lo, hi in _ASKED:
+        for char in map(chr, range(lo, hi)):
+            if unicodedata.category(char) not in ("Cn", "Co", "Cs"):
+                yield char
+
+
+@lru_cache(maxsize=1)
+def tables() -> Tables:
+    """Both tables, about 0.2 s, once in a process."""
+    selectors, unspaced = _within(_SELECTORS), _within(_UNSPACED)
+
+    def visible(char: str) -> str:
+        """`char` decomposed and case-folded, without what cannot be seen."""
+        folded = char
+        if not (unicodedata.is_normalized("NFKD", char) and char.casefold() == char):
+            folded = unicodedata.normalize("NFKD", unicodedata.normalize("NFKD", char).casefold())
+        return "".join(c for c in folded if unicodedata.category(c) != "Cf" and ord(c) not in selectors)
+
+    def word_form(c: str) -> str:
+        """A folded character as words: spaces for what separates, around what stands alone."""
+        if not (c.isalnum() or unicodedata.category(c)[0] == "M"):
+            return " "
+        return f" {c} " if ord(c) in unspaced else c
+
+    def text_form(c: str) -> str:
+        """A folded character as text: white space is a space."""
+        return " " if c.isspace() else c
+
+    seen = {char: visible(char) for char in _characters()}
+    words = _table(word_form, seen, " ")
+    for lo, hi in _HAN:
+        words.entry_of[lo:hi] = ALONE
+    return Tables(words, _table(text_form, seen, None))
+
+
+def _table(form_of: Callable[[str], str], seen: dict[str, str], unknown: str | None) -> Table:
+    """`unknown` is what a code point without a character folds to; None: it stays as it is."""
+    ascii_map = np.frombuffer("".join(form_of(chr(c).lower()) for c in range(0x80)).encode(), np.uint8)
+    entries = {unknown or " ": 0}
+    entry_of = np.full(0x110000, COPY if unknown is None else 0, np.int32)
+    forms = {char: "".join(map(form_of, visible)) for char, visible in seen.items()}
+    for char, form in forms.items():
+        entry_of[ord(char)] = (
+            COPY if form == char else ALONE if form == f" {char} " else entries.setdefault(form, len(entries))
+        )
+    encoded = [form.encode() for form in entries]
+    starts = np.concatenate([[0], np.cumsum([len(e) for e in encoded])]).astype(np.int32)
+    # What a byte of a character becomes at most; one that stands alone gains two spaces.
+    most = max(-(-len(form.encode()) // len(char.encode())) for char, form in forms.items())
+    return Table(ascii_map, entry_of, starts, np.frombuffer(b"".join(encoded), np.uint8), most, unknown is None)
