@@ -96,6 +96,7 @@ def curate(
         root = os.path.abspath(storage.filesystem(root)[1])
     detect_fingerprint = detect.section_fingerprint(recipe.detect)  # loads the model: a wrong path ends here
     spec = tokenise.resolve(recipe.tokenise.tokenizer, recipe.tokenise.eos)
+    earlier = [dedup.open_earlier(path, recipe.dedup) for path in recipe.dedup.against]
     with WriterLock(RunFolder(root)), PeakMemory() as memory, session(workers, address, root) as engine:
         if on_progress:
             engine.on_progress = on_progress
@@ -103,7 +104,7 @@ def curate(
         run = _Run(recipe, RunFolder(root), engine)
         run.event("curate", recipe=recipe.name, tilth=__version__)
         names = _read_and_sign(run, splits, detect_fingerprint)
-        _dedup(run, names)
+        _dedup(run, names, earlier)
         _label(run, names, on_line or (lambda _: None))
         spec = _tokenise(run, names, spec)
         _mix(run, spec)
@@ -151,16 +152,25 @@ def _complete(reading: steps.Reading) -> list[str] | None:
     return names if all(made) else None
 
 
-def _dedup(run: _Run, names: list[str]) -> None:
+def _dedup(run: _Run, names: list[str], earlier: list[dedup.Earlier]) -> None:
     section = run.recipe.dedup
     signed = sorted(part["chain"] for part in run.stages["signatures"]["parts"])
-    chain = fingerprint(["dedup", dedup.STAGE_VERSION, section.model_dump(), names, signed])
+    asked = section.model_dump(exclude={"against"})  # what earlier runs hold counts, not where they lie
+    kept_before = [e.fingerprint for e in earlier]
+    chain = fingerprint(["dedup", dedup.STAGE_VERSION, asked, names, signed, kept_before])
     with run.stage("dedup"):
         if not all(run.folder.current(DEDUP, name, chain) for name in names):
-            dedup.cluster(run.folder, names, section, chain, run.engine.map)
+            dedup.cluster(run.folder, names, section, chain, run.engine.map, earlier=earlier)
         run.folder.drop_parts(DEDUP, [*names, dedup.REJECTS_PART])
         rejects = run.folder.part(DEDUP, dedup.REJECTS_PART)
-        run.record("dedup", [*_parts(run.folder, DEDUP, names), *([rejects] if rejects else [])])
+        parts = _parts(run.folder, DEDUP, names)
+        run.record("dedup", [*parts, *([rejects] if rejects else [])])
+    crowded = sum(part.counts["crowded"] for part in parts)
+    if crowded:
+        run.warnings.append(
+            f"dedup: {crowded:,} kept documents share a bucket with very many different ones and were compared with the "
+            "first of them only: some may have a near-duplicate that stayed (more dedup.rows make smaller buckets)"
+        )
 
 
 def _label(run: _Run, names: list[str], on_line: Callable[[str], None]) -> None:

@@ -8,7 +8,7 @@ the corpus has been read.
 import math
 from typing import Any
 
-from curation import detect, ingest, storage, tokenise
+from curation import dedup, detect, ingest, storage, tokenise
 from curation.errors import UserError
 from curation.label import stage as label
 from curation.manifest import ARMS, DEDUP, DETECT, DOCUMENTS, SIGNATURES, TOKENS, RunFolder
@@ -26,6 +26,8 @@ def plan(recipe: Recipe, root: str) -> dict[str, Any]:
     spec = tokenise.resolve(recipe.tokenise.tokenizer, recipe.tokenise.eos)
     run = RunFolder(root)
     detect_fingerprint = detect.section_fingerprint(recipe.detect)
+    for path in recipe.dedup.against:
+        dedup.open_earlier(path, recipe.dedup)
     _check_pools(recipe, splits, spec)
     return {
         "recipe": recipe.name,

@@ -68,6 +68,7 @@ class Dedup(Section):
     verify: Fraction = 0.8
     keep: tuple[Literal["best_source", "longest", "id"], ...] = ("best_source", "longest", "id")
     alarm_fraction: Fraction = 0.5
+    against: tuple[str, ...] = ()  # folders of earlier runs: what they kept is not kept again
 
     @field_validator("keep")
     @classmethod
@@ -251,7 +252,9 @@ def _resolved(recipe: Recipe, base: str) -> Recipe:
     tokenise = recipe.tokenise.model_copy(update={"tokenizer": existing(recipe.tokenise.tokenizer)})
     fasttext = recipe.detect.fasttext.model_copy(update={"model": existing(recipe.detect.fasttext.model)})
     detect = recipe.detect.model_copy(update={"fasttext": fasttext, "blocklist": existing(recipe.detect.blocklist)})
-    return recipe.model_copy(update={"inputs": inputs, "tokenise": tokenise, "detect": detect})
+    against = tuple(_resolve(path, base) for path in recipe.dedup.against)
+    dedup = recipe.dedup.model_copy(update={"against": against})
+    return recipe.model_copy(update={"inputs": inputs, "tokenise": tokenise, "detect": detect, "dedup": dedup})
 
 
 def _known_keys(location: tuple[Any, ...]) -> list[str]:

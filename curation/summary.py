@@ -41,7 +41,7 @@ def summarise(
         "stances_of": "student",  # what a language model said is under `labels`
         "stances": {k.removeprefix("stance:"): n for k, n in sorted(detected.items()) if k.startswith("stance:")},
         **({"labels": _labels(_sums(stages["label"]))} if "label" in stages else {}),
-        "duplicates": {k: deduped[k] for k in ("exact", "near", "duplicate_id")},
+        "duplicates": {k: deduped[k] for k in ("exact", "near", "earlier", "duplicate_id")},
         "kept": deduped["kept"],
         "dropped": {
             f"{row['arm']}/{row['phase']}": {"+".join(row["drop"]): row["dropped_documents"]}

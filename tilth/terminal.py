@@ -162,9 +162,10 @@ def print_summary(summary: dict[str, Any]) -> None:
     console.print(arms)
     console.print()
     duplicates = summary["duplicates"]
+    earlier = duplicates.get("earlier")
     console.print(
         f"{summary['documents_read']:,} documents read, {duplicates['exact']:,} exact and {duplicates['near']:,} near "
-        f"duplicates, {summary['kept']:,} kept, {summary['quarantined_total']:,} quarantined"
+        f"duplicates, {f'{earlier:,} like what an earlier run kept, ' if earlier else ''}{summary['kept']:,} kept, {summary['quarantined_total']:,} quarantined"
         + (f" ({', '.join(f'{k} {n:,}' for k, n in summary['quarantined'].items())})" if summary["quarantined"] else "")
     )
     if labels := summary.get("labels"):

@@ -5,8 +5,9 @@ sees all parts; it writes one CLUSTER row for each document and removes nothing 
 """
 
 from curation.dedup.barrier import REJECTS_PART, Outcome, cluster
+from curation.dedup.earlier import Earlier, open_earlier
 from curation.dedup.signatures import signature_table
 
 STAGE_VERSION = 2
 
-__all__ = ["REJECTS_PART", "STAGE_VERSION", "Outcome", "cluster", "signature_table"]
+__all__ = ["REJECTS_PART", "STAGE_VERSION", "Earlier", "Outcome", "cluster", "open_earlier", "signature_table"]

@@ -6,14 +6,17 @@ Seven rounds of tasks that meet through files (shuffle.py), each a function of o
     partitions  exact.reject_duplicate_ids records that claim one id with different texts
     partitions  exact.group_exact          same text
     partitions  near.link_buckets          candidates from LSH bands
-    (here)      near.assign_bins           components of candidates, packed into bins
+    (here)      components.label           components of candidates; in rounds of tasks when there are many
     parts       near.ship_part             signatures and texts of candidates, sent to their bins
     bins        near.settle_bin            who is kept
     parts       write_part                 CLUSTER
 
 The number of partitions and bins follows from the number of rows and decides nothing but who
-works on what. The driver holds 16 bytes for each link between texts that share a bucket; a
-component of candidates is one task's work however large it is.
+works on what. Nothing is held for each document but in tasks of bounded size, and, in the driver, up
+to Sizes.links links between texts that share a bucket; yet a component of candidates is one task's
+work however large it is.
+
+What earlier runs kept takes part by its signatures, leads whatever is like it, and is never removed.
 
 Whoever is kept is the best by (AI discourse first, the recipe's `keep`), so a cluster with any
 discourse in it is represented by discourse. No edge crosses a stance class; pool documents only
@@ -23,7 +26,7 @@ removed, nothing is written.
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import numpy as np
 import polars as pl
@@ -31,13 +34,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from curation import schema, storage
-from curation.dedup import exact, near, rows, shuffle
+from curation.dedup import components, exact, near, rows, shuffle
+from curation.dedup.earlier import Earlier
 from curation.dedup.work import (
-    BIN_OF,
     EXACT,
     NEAR,
     REJECTED,
-    ROWS,
     WORK,
     PartitionTask,
     PartTask,
@@ -56,12 +58,14 @@ ALARM_DOCUMENTS = 100  # a source or stance of fewer documents raises no alarm
 
 @dataclass(frozen=True)
 class Outcome:
-    """How many documents ended how. `crowded`: kept ones that met a bucket of near.MAX_LEADERS
-    different documents, so that a duplicate of theirs further on in it could be missed."""
+    """How many documents ended how. `earlier`: as duplicates of what an earlier run kept. `crowded`: kept
+    ones that met a bucket of near.MAX_LEADERS different documents, so that a duplicate of theirs
+    further on in it could be missed."""
 
     kept: int
     exact: int
     near: int
+    earlier: int
     duplicate_id: int
     crowded: int
 
@@ -73,29 +77,37 @@ def cluster(
     chain: str,
     mapper: Mapper,
     sizes: Sizes = Sizes(),  # noqa: B008 - frozen
+    earlier: Sequence[Earlier] = (),
 ) -> Outcome:
     """Write 30_dedup/PART.parquet (CLUSTER) for every part and commit it with `chain`, and
     quarantine/duplicate-ids.parquet (REJECT) when records claim one id with different texts.
 
-    Reads 10_documents, 20_detect and 30_dedup/signatures of the parts. Raises UserError when a
-    source or stance of at least ALARM_DOCUMENTS would lose more than `section.alarm_fraction`.
+    Reads 10_documents, 20_detect and 30_dedup/signatures of the parts, and of `earlier` runs all but
+    texts. Raises UserError when a source or stance of at least ALARM_DOCUMENTS would lose more than
+    `section.alarm_fraction`.
     """
     names = sorted(part_names)
-    work = _plan(run, names, section, chain, sizes)
+    before = [(e.run, name) for e in earlier for name in e.parts]
+    work = _plan(run, names, before, section, chain, sizes)
     parts = [PartTask(work, index, name) for index, name in enumerate(names)]
+    others = [PartTask(work, len(names) + k, name, of) for k, (of, name) in enumerate(before)]
     storage.remove(run.path(WORK))
     try:
-        crowded = _settle(work, parts, mapper, sizes) if parts else 0
+        if parts:
+            _settle(work, parts, others, mapper, sizes)
         counts: Counter[str] = Counter()
         for part in _map(mapper, write_part, parts, "write clusters"):
             counts.update(part.counts)
     finally:
         storage.remove(run.path(WORK))
-    return Outcome(**{how: counts[how] for how in ("kept", "exact", "near", "duplicate_id")}, crowded=crowded)
+    return Outcome(**{field.name: counts[field.name] for field in fields(Outcome)})
 
 
-def _plan(run: RunFolder, names: list[str], section: Dedup, chain: str, sizes: Sizes) -> Work:
-    num_rows = sum(_num_rows(run.path(SIGNATURES, f"{name}.parquet")) for name in names)
+def _plan(
+    run: RunFolder, names: list[str], before: list[tuple[RunFolder, str]], section: Dedup, chain: str, sizes: Sizes
+) -> Work:
+    every = [(run, name) for name in names] + before
+    num_rows = sum(_num_rows(of.path(SIGNATURES, f"{name}.parquet")) for of, name in every)
     partitions = [max(1, -(-count // sizes.rows)) for count in (num_rows, num_rows * section.bands)]
     return Work(run, section, chain, len(names), *partitions)
 
@@ -105,9 +117,9 @@ def _num_rows(path: str) -> int:
         return int(pq.read_metadata(handle).num_rows)
 
 
-def _settle(work: Work, parts: list[PartTask], mapper: Mapper, sizes: Sizes) -> int:
-    """All rounds up to who is kept, quarantine and alarm. Returns the number of crowded documents."""
-    total: Removed = sum(_map(mapper, rows.scatter_part, parts, "read signatures"), Counter())
+def _settle(work: Work, parts: list[PartTask], others: list[PartTask], mapper: Mapper, sizes: Sizes) -> None:
+    """All rounds up to who is kept, quarantine and alarm. `others` are of earlier runs."""
+    total: Removed = sum(_map(mapper, rows.scatter_part, [*parts, *others], "read signatures"), Counter())
     partitions = [PartitionTask(work, k) for k in range(work.num_partitions)]
     removed: Removed = Counter()
     rejecting: set[int] = set()
@@ -116,20 +128,16 @@ def _settle(work: Work, parts: list[PartTask], mapper: Mapper, sizes: Sizes) -> 
         rejecting.update(in_parts)
     removed += sum(_map(mapper, exact.group_exact, partitions, "exact duplicates"), Counter())
     band_partitions = [PartitionTask(work, k) for k in range(work.num_band_partitions)]
-    links = np.concatenate(list(_map(mapper, near.link_buckets, band_partitions, "near-duplicate candidates")))
-    crowded = 0
-    if len(links):
-        bin_of = near.assign_bins(links, sizes.documents)
-        work.run.commit_table(BIN_OF, bin_of.to_arrow())
-        num_bins = int(bin_of["bin"].max() or 0) + 1  # type: ignore[arg-type]
-        _drain(_map(mapper, near.ship_part, [near.ShipTask(part, num_bins) for part in parts], "gather candidates"))
+    num_links = sum(_map(mapper, near.link_buckets, band_partitions, "near-duplicate candidates"))
+    if num_links:
+        num_texts = components.label(work, num_links, sizes.links, mapper)
+        num_bins = -(-num_texts // sizes.documents)
+        ships = [near.ShipTask(part, num_bins) for part in [*parts, *others]]
+        _drain(_map(mapper, near.ship_part, ships, "gather candidates"))
         bins = [PartitionTask(work, k) for k in range(num_bins)]
-        for settled, met_full in _map(mapper, near.settle_bin, bins, "near-duplicates"):
-            removed += settled
-            crowded += met_full
+        removed += sum(_map(mapper, near.settle_bin, bins, "near-duplicates"), Counter())
     _check_alarm(total, removed, work.section.alarm_fraction)
     _quarantine(work, [parts[index] for index in sorted(rejecting)], mapper)
-    return crowded
 
 
 def _map(mapper: Mapper, function: Callable[[Item], Result], items: Sequence[Item], label: str) -> Iterator[Result]:
@@ -167,7 +175,7 @@ def _quarantine(work: Work, parts: list[PartTask], mapper: Mapper) -> None:
 def write_part(task: PartTask) -> Part:
     """Commit the CLUSTER rows of a part."""
     work, run = task.work, task.work.run
-    own = pl.from_arrow(run.read(f"{ROWS}/{task.name}.parquet", ["node", "id", "discourse"]))
+    own = pl.from_arrow(run.read(task.rows, ["node", "id", "discourse"]))
     assert isinstance(own, pl.DataFrame)
     copies = shuffle.read(run.path(EXACT), task.index).drop("members")
     rejected = shuffle.read(run.path(REJECTED), task.index).select("node", "first_id")
@@ -179,6 +187,8 @@ def write_part(task: PartTask) -> Part:
         cluster=pl.coalesce("first_id", "kept_id", "leader_id", "id"),
         how=pl.when(pl.col("first_id").is_not_null())
         .then(pl.lit("duplicate_id"))
+        .when(pl.coalesce("kept_earlier", "earlier"))
+        .then(pl.lit("earlier"))
         .when(pl.col("similarity").is_not_null())
         .then(pl.lit("near"))
         .when(~pl.col("leads"))
@@ -190,14 +200,15 @@ def write_part(task: PartTask) -> Part:
         cluster_discourse=pl.coalesce("kept_discourse", "leader_discourse", "discourse"),
     ).with_columns(kept=pl.col("how").is_in(["kept", "unique"]))
     table = frame.select(schema.CLUSTER.names).to_arrow().cast(schema.CLUSTER)
-    counts = {how: int((frame["how"] == how).sum()) for how in ("exact", "near", "duplicate_id")}
+    counts = {how: int((frame["how"] == how).sum()) for how in ("exact", "near", "earlier", "duplicate_id")}
+    counts |= {"kept": int(frame["kept"].sum()), "crowded": int(found["crowded"].sum())}
     file = run.commit_table(f"{DEDUP}/{task.name}.parquet", table)
-    return run.commit_part(Part(DEDUP, task.name, work.chain, (file,), {"kept": int(frame["kept"].sum()), **counts}))
+    return run.commit_part(Part(DEDUP, task.name, work.chain, (file,), counts))
 
 
 def _near(work: Work, index: int) -> pl.DataFrame:
     """What bins sent to a part; nothing when there was no candidate in the whole corpus."""
     if storage.list_names(work.run.path(NEAR)):
         return shuffle.read(work.run.path(NEAR), index)
-    columns = {"node": pl.UInt64, "kept_id": pl.String, "kept_discourse": pl.Boolean, "similarity": pl.Float32}
-    return pl.DataFrame(schema=columns)
+    strings, flags = {"node": pl.UInt64, "kept_id": pl.String}, ("kept_discourse", "kept_earlier", "crowded")
+    return pl.DataFrame(schema={**strings, **dict.fromkeys(flags, pl.Boolean), "similarity": pl.Float32})

@@ -72,12 +72,13 @@ def group_exact(task: PartitionTask) -> Removed:
         leader=pl.col("node").first(),
         leader_id=pl.col("id").first(),
         leader_discourse=pl.col("discourse").first(),  # any of them: discourse sorts first
+        earlier=~pl.col("fresh").first(),
         members=pl.col("node").slice(1),
     )
-    rows = rows.join(groups, on=key, how="left", maintain_order="left")
+    rows = rows.join(groups, on=key, how="left", maintain_order="left").filter("fresh")
     leads = pl.col("node") == pl.col("leader")
     sent = rows.select(
-        "node", "leader_id", "leader_discourse", leads.alias("leads"), pl.when(leads).then("members").alias("members")
+        "node", "leader_id", "leader_discourse", "earlier", leads=leads, members=pl.when(leads).then("members")
     )
     shuffle.write(run.path(EXACT), f"{task.index:06d}", sent, part_of(rows["node"]), task.work.num_parts)
     return tally(rows.filter(~leads))

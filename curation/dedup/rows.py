@@ -6,8 +6,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from curation.dedup import bands, shuffle
-from curation.dedup.work import BANDS, PREFERENCE, ROW_BITS, ROWS, SOURCE_IDS, TEXTS, PartTask, Removed, tally
-from curation.manifest import DETECT, DOCUMENTS, SIGNATURES
+from curation.dedup.work import BANDS, PREFERENCE, ROW_BITS, SOURCE_IDS, TEXTS, PartTask, Removed, tally
+from curation.manifest import DEDUP, DETECT, DOCUMENTS, SIGNATURES
 from curation.recipe import Dedup
 from curation.rng import key64
 from curation.schema import POOL, STANCES, effective_discourse, effective_stance
@@ -19,13 +19,13 @@ _LENGTH_BITS, _RANK_BITS = 40, 23  # with the discourse bit: 64
 
 
 def scatter_part(task: PartTask) -> Removed:
-    """Send the part's rows on: by source id, by text, by band. Returns how many there are of each kind."""
+    """Send the part's rows on: by source id, by text, by band. Returns how many of this run there are of each kind."""
     work, run = task.work, task.work.run
-    rows, signatures = _rows(task)
-    run.commit_table(f"{ROWS}/{task.name}.parquet", rows.to_arrow())
+    rows, signatures = _rows(task) if task.earlier is None else _earlier_rows(task)
+    run.commit_table(task.rows, rows.to_arrow())
 
     def send(folder: str, frame: pl.DataFrame, hashes: np.ndarray, num_partitions: int) -> None:
-        shuffle.write(run.path(folder), task.name, frame, hashes % np.uint64(num_partitions), num_partitions)
+        shuffle.write(run.path(folder), f"{task.index:06d}", frame, hashes % np.uint64(num_partitions), num_partitions)
 
     named = rows.filter(pl.col("source_id").is_not_null()).select(_CLAIM)
     send(
@@ -38,7 +38,7 @@ def scatter_part(task: PartTask) -> Removed:
     send(TEXTS, texts, texts["key_hi"].to_numpy(), work.num_partitions)
     banded = _band_rows(rows, signatures, work.section)
     send(BANDS, banded, banded["key"].to_numpy(), work.num_band_partitions)
-    return tally(rows)
+    return tally(rows.filter("fresh"))
 
 
 def _band_rows(rows: pl.DataFrame, signatures: pa.ChunkedArray, section: Dedup) -> pl.DataFrame:
@@ -59,21 +59,45 @@ def _rows(task: PartTask) -> tuple[pl.DataFrame, pa.ChunkedArray]:
     stance = effective_stance(documents, labels)
     discourse = effective_discourse(documents, labels)
     num_bytes = pc.binary_length(documents["text"]).to_numpy() if by_length else np.zeros(len(documents), np.int64)
-    hashes = np.frombuffer(b"".join(signed["text_hash"].to_pylist()), "<u8").reshape(-1, 2)
     frame = pl.from_arrow(documents.select(_DOCUMENT_COLUMNS))
     assert isinstance(frame, pl.DataFrame)
-    salt = _salt(frame, signed["stance_class"])
     frame = frame.with_columns(
-        node=np.uint64(task.index << ROW_BITS) + np.arange(len(frame), dtype=np.uint64),
         stance=pl.Series(pl.from_arrow(stance), dtype=pl.String),
         discourse=pl.Series(pl.from_arrow(discourse), dtype=pl.Boolean),
+        fresh=True,
+    )
+    frame = frame.with_columns(order=_order(frame, num_bytes, section))
+    return _keyed(task, frame, signed), signed["signature"]
+
+
+def _earlier_rows(task: PartTask) -> tuple[pl.DataFrame, pa.ChunkedArray]:
+    """Like `_rows` for what an earlier run kept, without its pools; nothing else of it takes part."""
+    columns = ["id", "role", "given_stance"]
+    documents = pl.from_arrow(task.run.read(f"{DOCUMENTS}/{task.name}.parquet", columns))
+    clusters = pl.from_arrow(task.run.read(f"{DEDUP}/{task.name}.parquet", ["kept", "cluster_discourse"]))
+    signed = task.run.read(f"{SIGNATURES}/{task.name}.parquet")
+    assert isinstance(documents, pl.DataFrame)
+    assert isinstance(clusters, pl.DataFrame)
+    frame = documents.with_columns(
+        source=pl.lit(""), source_id=pl.lit(None, pl.String), file=pl.lit(""), position=pl.lit(0, pl.Int64),
+        source_rank=pl.lit(0, pl.Int32), stance=pl.lit(None, pl.String), discourse=clusters["cluster_discourse"],
+        fresh=False, order=pl.lit(0, pl.UInt64),
+    )  # fmt: skip
+    wanted = clusters["kept"] & (frame["role"] != POOL)
+    return _keyed(task, frame, signed).filter(wanted), signed["signature"].filter(wanted.to_arrow())
+
+
+def _keyed(task: PartTask, frame: pl.DataFrame, signed: pa.Table) -> pl.DataFrame:
+    """With `node` and what the rounds go by: row i of `signed` is that of row i."""
+    hashes = np.frombuffer(b"".join(signed["text_hash"].to_pylist()), "<u8").reshape(-1, 2)
+    salt = _salt(frame, signed["stance_class"])
+    return frame.with_columns(
+        node=np.uint64(task.index << ROW_BITS) + np.arange(len(frame), dtype=np.uint64),
         num_shingles=pl.Series(pl.from_arrow(signed["num_shingles"])),
         salt=salt,
         key_hi=hashes[:, 0] ^ salt,
         key_lo=hashes[:, 1] ^ salt,
-    )
-    banded = (pl.col("role") != POOL) & (pl.col("num_shingles") > 0)
-    return frame.with_columns(order=_order(frame, num_bytes, section), banded=banded), signed["signature"]
+    ).with_columns(banded=(pl.col("role") != POOL) & (pl.col("num_shingles") > 0))
 
 
 def _order(frame: pl.DataFrame, num_bytes: np.ndarray, section: Dedup) -> np.ndarray:

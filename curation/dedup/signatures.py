@@ -21,8 +21,17 @@ def signature_table(documents: pa.Table, labels: pa.Table, section: Dedup) -> pa
         _lists(signatures, num_shingles > 0),
         _stance_class(documents, labels),
     ]
-    about = {"algorithm": overlap.ALGORITHM, "ngram": str(section.ngram), "num_perm": str(hasher.num_perm)}
-    return pa.table(columns, schema=schema.SIGNATURE.with_metadata(about))
+    return pa.table(columns, schema=schema.SIGNATURE.with_metadata(about(section)))
+
+
+def about(section: Dedup) -> dict[str, str]:
+    """What two signatures must have in common to compare."""
+    return {
+        "algorithm": overlap.ALGORITHM,
+        "shingles": overlap.SHINGLES,
+        "ngram": str(section.ngram),
+        "num_perm": str(section.bands * section.rows),
+    }
 
 
 def _lists(matrix: np.ndarray, present: np.ndarray) -> pa.ListArray:

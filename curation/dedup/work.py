@@ -1,7 +1,8 @@
 """The names that the barrier's tasks share: their items, and their folders under 30_dedup/work.
 
 A row is known by its node, part << 32 | row: two records of a file that claim the same id have
-the same `id`. Nothing that a user sees depends on nodes.
+the same `id`. Nothing that a user sees depends on nodes. Parts of earlier runs have the numbers
+after those of this run's own; their rows are not `fresh`.
 """
 
 from collections import Counter
@@ -14,15 +15,15 @@ from curation.manifest import DEDUP, RunFolder
 from curation.recipe import Dedup
 
 WORK = f"{DEDUP}/work"
-ROWS = f"{WORK}/rows"  # PART.parquet: what the later rounds need of each document, row-aligned
+ROWS = f"{WORK}/rows"  # one Parquet file a part: what the later rounds need of each document, row-aligned
 SOURCE_IDS, TEXTS, BANDS = f"{WORK}/source_ids", f"{WORK}/texts", f"{WORK}/bands"  # parts -> partitions
 REJECTED, EXACT, NEAR = f"{WORK}/rejected", f"{WORK}/exact", f"{WORK}/near"  # partitions -> parts
 BINS = f"{WORK}/bins"  # parts -> bins
-BIN_OF = f"{WORK}/bin_of.parquet"
+LINKS, STARS, COMPONENTS = f"{WORK}/links", f"{WORK}/stars", f"{WORK}/components"  # see components
 
 ROW_BITS = 32
-# Who is kept, most wanted first; `order` holds whether it is discourse and the recipe's `keep` up to `id`.
-PREFERENCE = ["order", "id", "position", "source_rank", "node"]
+# Who is kept, most wanted first: what an earlier run kept before all; `order` holds whether it is discourse and the recipe's `keep` up to `id`.
+PREFERENCE = ["fresh", "order", "id", "position", "source_rank", "node"]
 
 Removed = Counter[tuple[str, str]]  # documents by ("source", name) and ("stance", name)
 
@@ -33,6 +34,7 @@ class Sizes:
 
     rows: int = 2_000_000  # rows of a partition
     documents: int = 20_000  # documents of a bin, with texts, signatures and shingle hashes: 2.5 times their text
+    links: int = 8_000_000  # candidates whose components are found in one place, at about 70 bytes each
 
 
 @dataclass(frozen=True)
@@ -49,11 +51,21 @@ class Work:
 
 @dataclass(frozen=True)
 class PartTask:
-    """One part of 10_documents; `index` is its place among the sorted names."""
+    """One part of 10_documents; `index` is its place among the sorted names. `earlier`: of that run, not of this."""
 
     work: Work
     index: int
     name: str
+    earlier: RunFolder | None = None
+
+    @property
+    def run(self) -> RunFolder:
+        """Where the part's documents and signatures are."""
+        return self.earlier or self.work.run
+
+    @property
+    def rows(self) -> str:
+        return f"{ROWS}/{self.index:06d}.parquet"
 
 
 @dataclass(frozen=True)

@@ -158,6 +158,7 @@ class Dedup(NamedTuple):
 
     exact: int
     near: int
+    earlier: int
     duplicate_id: int
     sizes: tuple[Size, ...]
     scale: int
@@ -165,7 +166,7 @@ class Dedup(NamedTuple):
 
     @property
     def removed(self) -> int:
-        return self.exact + self.near + self.duplicate_id
+        return self.exact + self.near + self.earlier + self.duplicate_id
 
 
 class Facts(NamedTuple):
@@ -287,7 +288,7 @@ def _categories(rows: pl.LazyFrame) -> tuple[Category, ...]:
 
 def _dedup(run: Run) -> Dedup:
     counts = dict(collect(run.clusters.group_by("how").len()).iter_rows())
-    removed = {how: counts.get(how, 0) for how in ("exact", "near", "duplicate_id")}
+    removed = {how: counts.get(how, 0) for how in ("exact", "near", "earlier", "duplicate_id")}
     sizes, scale = _cluster_sizes(run, sum(removed.values()))
     return Dedup(**removed, sizes=sizes, scale=scale, pair=_least_similar_pair(run))
 

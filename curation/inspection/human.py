@@ -182,7 +182,7 @@ def labelled(run: "Run") -> pl.LazyFrame:
         above="discourse",
         background=pl.col("role") == BACKGROUND,
         discourse=discourse_expression("stance"),
-        represented=pl.col("kept") | (pl.col("cluster_discourse") & (pl.col("how") != "duplicate_id")),
+        represented=pl.col("kept") | (pl.col("cluster_discourse") & ~pl.col("how").is_in(["duplicate_id", "earlier"])),
     )  # fmt: skip
 
 

@@ -188,6 +188,8 @@ def _flow(facts: Facts, arms: Sequence[ArmPhase], num_shards: int) -> list[Step]
     whole = max(1, documents + rejected)
     read, left, dedup = documents / whole, kept / whole, facts.dedup
     removed = f"removed: {count(dedup.exact)} exact, {count(dedup.near)} near"
+    if dedup.earlier:
+        removed += f", {count(dedup.earlier)} like what an earlier run kept"
     if dedup.duplicate_id:
         removed += f", {count(dedup.duplicate_id)} with a source_id seen before"
     steps = [

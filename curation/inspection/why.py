@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 MAX_HITS, MAX_EVIDENCE, MAX_MEMBERS, MAX_USES = 100, 12, 20, 100
 _KEEP_REASONS = {
+    "earlier": "an earlier run has kept one that is like it (dedup.against)",
     "duplicate_id": "the kept one has the same source_id and comes first in the input",
     "discourse": "the kept one is AI discourse, this one is not (discourse-safe)",
     "best_source": "the kept one's source comes first in the recipe (best_source)",
@@ -282,8 +283,8 @@ def _lost_by(kept: dict[str, Any], other: dict[str, Any], keep: Sequence[str]) -
     `discourse` only where the order of `keep` alone would have kept the other one."""
     if other["kept"]:
         return None
-    if other["how"] == "duplicate_id":  # of a record that may itself have been removed
-        return "duplicate_id"
+    if other["how"] in ("duplicate_id", "earlier"):  # of a record that may itself have been removed; not in this run
+        return str(other["how"])
     values = {
         "best_source": lambda row: row["source_rank"],
         "longest": lambda row: -row["size_bytes"],
@@ -385,7 +386,9 @@ def _document_lines(why: Why) -> list[str]:
 def _cluster_lines(cluster: Cluster, document_id: str) -> list[str]:
     if cluster.alone:
         return ["Cluster: no duplicates"]
-    lines = [f"Cluster: {cluster.num_members:,} documents" + _shown(len(cluster.members), cluster.num_members)]
+    of_earlier = "" if any(m.kept for m in cluster.members) else f" of {cluster.kept_id}, kept by an earlier run"
+    shown = _shown(len(cluster.members), cluster.num_members)
+    lines = [f"Cluster{of_earlier}: {cluster.num_members:,} document{'s' * (cluster.num_members > 1)}{shown}"]
     for member in cluster.members:
         similarity = "" if member.similarity is None else f", similarity {member.similarity:.3f}"
         here = "  <- this document" if member.id == document_id else ""

@@ -186,9 +186,7 @@ def sign_documents(
 
 
 @nb.njit(nogil=True, cache=True)
-def shingle_documents(
-    text: Uint8s, offsets: Int64s, ngram: int, hashes: Uint64s, starts: Int64s, ends: Int64s
-) -> None:
+def shingle_documents(text: Uint8s, offsets: Int64s, ngram: int, hashes: Uint64s, starts: Int64s, ends: Int64s) -> None:
     """Every shingle of document i, text[offsets[i]:offsets[i + 1]] squeezed, into hashes[starts[i]:ends[i]], in
     the order of the text; starts[i + 1] is where its words must end."""
     edges = np.empty(_STRETCH + 2 * _BLOCK, np.int32)
@@ -280,9 +278,7 @@ def _roomy(
 
 
 @nb.njit(nogil=True, cache=True)
-def _fold(
-    data: Uint8s, lo: int, hi: int, table: tuple[Uint8s, Int32s, Int32s, Uint8s, int, bool], text: Uint8s
-) -> int:
+def _fold(data: Uint8s, lo: int, hi: int, table: tuple[Uint8s, Int32s, Int32s, Uint8s, int, bool], text: Uint8s) -> int:
     """data[lo:hi] folded into `text`, words apart by one or more spaces; returns how many bytes."""
     ascii_map, entry_of, starts, blob, _, symbols = table
     i, k, last_block = lo, 0, len(data) - _BLOCK

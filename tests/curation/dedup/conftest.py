@@ -93,6 +93,7 @@ def run_dedup(tmp_path: Path):
         sizes: Sizes = Sizes(),  # noqa: B008
         run: RunFolder | None = None,
         reverse: bool = False,
+        earlier: Sequence[dedup.Earlier] = (),
     ) -> Clusters:
         parts = parts if isinstance(parts, dict) else {"p0": parts}
         run = run or RunFolder(str(tmp_path / f"run{next(numbers)}"))
@@ -106,7 +107,7 @@ def run_dedup(tmp_path: Path):
             run.commit_table(f"{DETECT}/{name}.parquet", labels)
             run.commit_table(f"{SIGNATURES}/{name}.parquet", dedup.signature_table(table, labels, section))
         names = sorted(parts, reverse=reverse)
-        outcome = dedup.cluster(run, names, section, "chain", stage.serial, sizes)
+        outcome = dedup.cluster(run, names, section, "chain", stage.serial, sizes, earlier)
         tables = []
         for name in names:
             rows = pl.from_arrow(run.read(f"{DEDUP}/{name}.parquet"))

@@ -4,9 +4,11 @@ w(a, b) is the text of words a, a+1, … b-1, all distinct: with 5-word shingles
 w(0, n) and w(0, n - k) have Jaccard (n - k - 4) / (n - 4).
 """
 
+import polars as pl
 import pytest
 
-from curation import dedup, overlap
+from curation import dedup, overlap, storage
+from curation.dedup import near
 from curation.dedup.work import Sizes
 from curation.errors import UserError
 from curation.manifest import DEDUP, QUARANTINE
@@ -166,7 +168,7 @@ def test_records_that_claim_one_id(run_dedup, document):
         "f.jsonl:3": "unique",
         "f.jsonl:4": "unique",
     }
-    assert found.outcome == dedup.Outcome(kept=5, exact=1, near=0, duplicate_id=2, crowded=0)
+    assert found.outcome == dedup.Outcome(kept=5, exact=1, near=0, duplicate_id=2, crowded=0, earlier=0)
     rejects = found.run.read(f"{QUARANTINE}/{dedup.REJECTS_PART}.parquet").to_pylist()
     assert [(r["file"], r["position"], r["source_id"], r["reason"]) for r in rejects] == [
         ("b.jsonl", 0, "y", "duplicate_id"),
@@ -244,6 +246,74 @@ def test_parts_are_committed_with_chain_and_counts(run_dedup, documents):
 def test_small_partitions_and_bins(run_dedup, documents):
     texts = [w(1000 * k, 1000 * k + 100 + j) for k in range(30) for j in range(4)]
     whole = run_dedup(documents(texts), Dedup(alarm_fraction=1))
-    small = run_dedup(documents(texts), Dedup(alarm_fraction=1), Sizes(rows=7, documents=5))
+    small = run_dedup(documents(texts), Dedup(alarm_fraction=1), Sizes(rows=7, documents=5, links=150))
     assert whole.groups == {frozenset(f"d{4 * k + j}" for j in range(4)) for k in range(30)}
     assert small.rows.equals(whole.rows)
+
+
+def test_a_bucket_that_is_full_is_counted(run_dedup, documents):
+    # 84 % of the words in common and alike only from 95 % on: buckets of more than MAX_LEADERS different texts.
+    texts = [w(0, 110) + " " + w(1000 * k, 1000 * k + 10) for k in range(1, near.MAX_LEADERS + 80)]
+    found = run_dedup(documents(texts), Dedup(bands=64, rows=1, verify=0.95))
+    assert found.outcome.kept == len(texts)
+    assert 0 < found.outcome.crowded < 80
+    assert found.run.part(DEDUP, "p0").counts["crowded"] == found.outcome.crowded
+
+
+def finished(found) -> dedup.Earlier:
+    return dedup.Earlier(found.run, tuple(found.names), "")
+
+
+def test_what_an_earlier_run_kept_leads_and_stays(run_dedup, document):
+    before = run_dedup(
+        [
+            document(w(0, 104), source_id="old"),
+            document(w(0, 102), source_id="gone"),  # near: removed there, takes no part here
+            document(w(400, 500), source_id="pool", role="pool", given_stance="aligned"),
+            document(w(600, 700), source_id="bad", given_stance="misaligned"),
+        ]
+    )
+    assert before.how["gone"] == "near"
+    old = before.rows.filter(pl.col("source_id") == "old")["id"][0]
+    rows = [
+        document(w(0, 104).upper(), source_id="copy", source_rank=0),
+        document(w(0, 110), source_id="longer"),  # better by every rule, yet the old one stays
+        document(w(0, 110).upper(), source_id="its copy"),
+        document(w(400, 500), source_id="like the pool"),
+        document(w(600, 700), source_id="another class"),
+        document(w(800, 900), source_id="new"),
+        document(w(800, 899), source_id="like new"),
+    ]
+    found = run_dedup(rows, Dedup(alarm_fraction=1), earlier=[finished(before)])
+    assert found.how == {
+        "copy": "earlier",
+        "longer": "earlier",
+        "its copy": "earlier",
+        "like the pool": "unique",
+        "another class": "unique",
+        "new": "kept",
+        "like new": "near",
+    }
+    assert found.rows.filter(pl.col("how") == "earlier")["cluster"].to_list() == [old] * 3
+    assert found.rows["similarity"][0] == 1.0
+    assert found.rows["similarity"][1] == pytest.approx(100 / 106, abs=0.08)  # the estimate
+    assert not found.rows.filter(pl.col("how") == "earlier")["kept"].any()
+    assert (found.outcome.earlier, found.outcome.near, found.outcome.kept) == (3, 1, 3)
+
+
+def test_the_texts_of_an_earlier_run_are_not_read(run_dedup, documents):
+    before = run_dedup(documents([w(0, 104), w(200, 300)]))
+    path = before.run.path("10_documents", "p0.parquet")
+    without = before.run.read("10_documents/p0.parquet").drop_columns("text")
+    storage.commit_table(path, without)
+    found = run_dedup(documents([w(0, 104), w(200, 299)]), earlier=[finished(before)])
+    assert found.how == {"d0": "earlier", "d1": "earlier"}
+
+
+def test_two_runs_keep_what_one_run_over_both_keeps(run_dedup, documents):
+    texts = [w(1000 * k, 1000 * k + 100 + j) for k in range(12) for j in (2, 0, 1)]
+    first, second = documents(texts[:18]), documents(texts)
+    before = run_dedup(first, Dedup(alarm_fraction=1))
+    found = run_dedup(second, Dedup(alarm_fraction=1), Sizes(rows=5, documents=4, links=40), earlier=[finished(before)])
+    assert found.outcome.earlier == 18
+    assert found.rows["kept"].to_list()[18:] == run_dedup(second, Dedup(alarm_fraction=1)).rows["kept"].to_list()[18:]
