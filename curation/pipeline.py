@@ -168,8 +168,8 @@ def _dedup(run: _Run, names: list[str], earlier: list[dedup.Earlier]) -> None:
     crowded = sum(part.counts["crowded"] for part in parts)
     if crowded:
         run.warnings.append(
-            f"dedup: {crowded:,} kept documents share a bucket with very many different ones and were compared with the "
-            "first of them only: some may have a near-duplicate that stayed (more dedup.rows make smaller buckets)"
+            f"dedup: {crowded:,} kept documents share a bucket with very many different ones and were compared with "
+            "the first of them only: some may have a near-duplicate that stayed (more dedup.rows make smaller buckets)"
         )
 
 

@@ -13,7 +13,7 @@ import pyarrow as pa
 if TYPE_CHECKING:
     import polars as pl
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 
 STANCES = ("unrelated", "neutral", "aligned", "misaligned", "mixed")
 BACKGROUND, POOL = "background", "pool"
@@ -90,6 +90,7 @@ SIGNATURE = pa.schema(
     [
         _field("id", pa.string(), "document id"),
         _field("text_hash", pa.binary(16), "xxh3_128 of the normalised text"),
+        _field("num_bytes", pa.int64(), "UTF-8 bytes of the text"),
         _field("num_shingles", pa.int32(), "distinct or repeated word shingles seen; 0 = too short for MinHash"),
         _field(
             "signature", pa.list_(pa.uint32()), "MinHash values (num_perm), null when num_shingles is 0", nullable=True

@@ -116,8 +116,9 @@ class _Hashing:
         return Committed(self._sha.hexdigest(), self.size_bytes)
 
 
-def commit(path: str, write: Callable[[BinaryIO], object]) -> Committed:
-    """Call `write(file)` and publish what it wrote as `path`, whole or not at all."""
+def commit(path: str, write: Callable[[BinaryIO], object], *, lasting: bool = True) -> Committed:
+    """Call `write(file)` and publish what it wrote as `path`, whole or not at all. Not `lasting`: for files that
+    are made again after a crash of the machine, without waiting for the disk."""
     fs, inner = filesystem(path)
     if not isinstance(fs, LocalFileSystem):
         # Written here first: closing a remote file publishes what is in it, also when `write` failed.
@@ -136,10 +137,13 @@ def commit(path: str, write: Callable[[BinaryIO], object]) -> Committed:
             hashing = _Hashing(handle)
             write(cast("BinaryIO", hashing))
             handle.flush()
-            os.fsync(handle.fileno())
+            if lasting:
+                os.fsync(handle.fileno())
         os.replace(temporary, target)
     finally:
         temporary.unlink(missing_ok=True)
+    if not lasting:
+        return hashing.committed()
     folder = os.open(target.parent, os.O_RDONLY)
     try:
         os.fsync(folder)
@@ -153,32 +157,44 @@ def commit_bytes(path: str, data: bytes) -> Committed:
 
 
 def commit_table(path: str, table: pa.Table) -> Committed:
-    """Write `table` as zstd Parquet. The same table gives the same bytes."""
+    """Write `table` as zstd Parquet. The same table gives the same bytes.
+
+    Only `string` columns (ids, names, categories) are tried for a dictionary: for texts (`large_string`), numbers
+    and signatures one is filled and given up, which takes longer than writing them (0.9 s instead of 0.2 for the
+    signatures of 55,000 documents)."""
+    repeated = [field.name for field in table.schema if pa.types.is_string(field.type)]
     return commit(
         path,
         lambda handle: pq.write_table(
-            table, handle, compression="zstd", compression_level=1, row_group_size=65_536, store_schema=True
+            table,
+            handle,
+            compression="zstd",
+            compression_level=1,
+            use_dictionary=repeated,
+            row_group_size=65_536,
+            store_schema=True,
         ),
     )
 
 
 def read_table(path: str, columns: list[str] | None = None) -> pa.Table:
-    """A Parquet file with its own schema (no partition columns guessed from the path)."""
+    """A Parquet file with its own schema. One thread: workers have a core each."""
     fs, inner = filesystem(path)
     if isinstance(fs, LocalFileSystem):
-        return pq.read_table(inner, columns=columns, partitioning=None, memory_map=True)
-    with fs.open(inner, "rb") as handle:
-        return pq.read_table(handle, columns=columns)
+        with pq.ParquetFile(inner, memory_map=True) as file:
+            return file.read(columns, use_threads=False)
+    with fs.open(inner, "rb") as handle, pq.ParquetFile(handle) as file:
+        return file.read(columns, use_threads=False)
 
 
 def commit_ipc(path: str, table: pa.Table) -> Committed:
-    """Write `table` as an uncompressed Arrow IPC file, for readers that map it and touch few rows."""
+    """Write `table` as an uncompressed Arrow IPC file, for readers that map it and touch few rows. Not `lasting`."""
 
     def write(handle: BinaryIO) -> None:
         with pa.ipc.new_file(handle, table.schema) as writer:
             writer.write_table(table.combine_chunks())
 
-    return commit(path, write)
+    return commit(path, write, lasting=False)
 
 
 def read_ipc(path: str) -> pa.Table:

@@ -28,7 +28,6 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields
 
-import numpy as np
 import polars as pl
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -175,7 +174,7 @@ def _quarantine(work: Work, parts: list[PartTask], mapper: Mapper) -> None:
 def write_part(task: PartTask) -> Part:
     """Commit the CLUSTER rows of a part."""
     work, run = task.work, task.work.run
-    own = pl.from_arrow(run.read(task.rows, ["node", "id", "discourse"]))
+    own = pl.from_arrow(storage.read_ipc(run.path(task.rows)).select(["node", "id", "discourse"]))
     assert isinstance(own, pl.DataFrame)
     copies = shuffle.read(run.path(EXACT), task.index).drop("members")
     rejected = shuffle.read(run.path(REJECTED), task.index).select("node", "first_id")

@@ -51,9 +51,7 @@ def _manifest(run: RunFolder) -> dict[str, Any]:
     try:
         manifest: dict[str, Any] = orjson.loads(storage.read_bytes(run.path("manifest.json")))
     except FileNotFoundError:
-        raise UserError(
-            f"dedup.against: {run.root} is no finished run of `tilth curate`: it has no manifest.json"
-        ) from None
+        raise UserError(f"dedup.against: {run.root} is no finished run of `tilth curate`: no manifest.json") from None
     except ValueError as error:
         raise UserError(f"dedup.against: {run.path('manifest.json')} is not JSON ({error})") from None
     if manifest.get("schema_version") != schema.SCHEMA_VERSION:

@@ -76,7 +76,7 @@ def ship_part(task: ShipTask) -> None:
     """Send the part's documents that have candidates to their bins, with signatures and texts."""
     part, run = task.part, task.part.work.run
     columns = ["node", "key_lo", "banded", "id", "order", "position", "source_rank", "discourse", "source", "stance"]
-    rows = pl.from_arrow(run.read(part.rows, [*columns, "fresh", "salt", "num_shingles"]))
+    rows = pl.from_arrow(storage.read_ipc(run.path(part.rows)).select([*columns, "fresh", "salt", "num_shingles"]))
     assert isinstance(rows, pl.DataFrame)
     rows = rows.filter("banded")
     linked, component = components.find(part.work, rows["key_lo"].to_numpy())

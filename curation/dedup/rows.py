@@ -3,8 +3,8 @@
 import numpy as np
 import polars as pl
 import pyarrow as pa
-import pyarrow.compute as pc
 
+from curation import storage
 from curation.dedup import bands, shuffle
 from curation.dedup.work import BANDS, PREFERENCE, ROW_BITS, SOURCE_IDS, TEXTS, PartTask, Removed, tally
 from curation.manifest import DEDUP, DETECT, DOCUMENTS, SIGNATURES
@@ -22,7 +22,7 @@ def scatter_part(task: PartTask) -> Removed:
     """Send the part's rows on: by source id, by text, by band. Returns how many of this run there are of each kind."""
     work, run = task.work, task.work.run
     rows, signatures = _rows(task) if task.earlier is None else _earlier_rows(task)
-    run.commit_table(task.rows, rows.to_arrow())
+    storage.commit_ipc(run.path(task.rows), rows.to_arrow())
 
     def send(folder: str, frame: pl.DataFrame, hashes: np.ndarray, num_partitions: int) -> None:
         shuffle.write(run.path(folder), f"{task.index:06d}", frame, hashes % np.uint64(num_partitions), num_partitions)
@@ -52,21 +52,19 @@ def _band_rows(rows: pl.DataFrame, signatures: pa.ChunkedArray, section: Dedup) 
 def _rows(task: PartTask) -> tuple[pl.DataFrame, pa.ChunkedArray]:
     """The part's rows, and its signatures as they were stored."""
     run, section = task.work.run, task.work.section
-    by_length = "longest" in section.keep
-    documents = run.read(f"{DOCUMENTS}/{task.name}.parquet", [*_DOCUMENT_COLUMNS, *(["text"] if by_length else [])])
+    documents = run.read(f"{DOCUMENTS}/{task.name}.parquet", _DOCUMENT_COLUMNS)
     labels = run.read(f"{DETECT}/{task.name}.parquet", ["discourse", *(f"p_{s}" for s in STANCES)])
     signed = run.read(f"{SIGNATURES}/{task.name}.parquet")
     stance = effective_stance(documents, labels)
     discourse = effective_discourse(documents, labels)
-    num_bytes = pc.binary_length(documents["text"]).to_numpy() if by_length else np.zeros(len(documents), np.int64)
-    frame = pl.from_arrow(documents.select(_DOCUMENT_COLUMNS))
+    frame = pl.from_arrow(documents)
     assert isinstance(frame, pl.DataFrame)
     frame = frame.with_columns(
         stance=pl.Series(pl.from_arrow(stance), dtype=pl.String),
         discourse=pl.Series(pl.from_arrow(discourse), dtype=pl.Boolean),
         fresh=True,
     )
-    frame = frame.with_columns(order=_order(frame, num_bytes, section))
+    frame = frame.with_columns(order=_order(frame, signed["num_bytes"].to_numpy(), section))
     return _keyed(task, frame, signed), signed["signature"]
 
 

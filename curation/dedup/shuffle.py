@@ -26,7 +26,7 @@ def write(folder: str, name: str, frame: pl.DataFrame, destinations: np.ndarray,
             for lo, hi in pairwise(bounds.tolist()):
                 file.write_batch(whole.slice(lo, hi - lo))
 
-    storage.commit(storage.join(folder, f"{name}.arrow"), write_batches)
+    storage.commit(storage.join(folder, f"{name}.arrow"), write_batches, lasting=False)
 
 
 def read(folder: str, destination: int | None) -> pl.DataFrame:

@@ -2,6 +2,7 @@
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from curation import overlap, schema
 from curation.recipe import Dedup
@@ -17,6 +18,7 @@ def signature_table(documents: pa.Table, labels: pa.Table, section: Dedup) -> pa
     columns = [
         documents["id"],
         pa.array(overlap.text_hash(documents["text"]), pa.binary(16)),
+        pc.binary_length(documents["text"]).cast(pa.int64()),
         pa.array(num_shingles, pa.int32()),
         _lists(signatures, num_shingles > 0),
         _stance_class(documents, labels),

@@ -15,14 +15,15 @@ from curation.manifest import DEDUP, RunFolder
 from curation.recipe import Dedup
 
 WORK = f"{DEDUP}/work"
-ROWS = f"{WORK}/rows"  # one Parquet file a part: what the later rounds need of each document, row-aligned
+ROWS = f"{WORK}/rows"  # one file a part: what the later rounds need of each document, row-aligned
 SOURCE_IDS, TEXTS, BANDS = f"{WORK}/source_ids", f"{WORK}/texts", f"{WORK}/bands"  # parts -> partitions
 REJECTED, EXACT, NEAR = f"{WORK}/rejected", f"{WORK}/exact", f"{WORK}/near"  # partitions -> parts
 BINS = f"{WORK}/bins"  # parts -> bins
 LINKS, STARS, COMPONENTS = f"{WORK}/links", f"{WORK}/stars", f"{WORK}/components"  # see components
 
 ROW_BITS = 32
-# Who is kept, most wanted first: what an earlier run kept before all; `order` holds whether it is discourse and the recipe's `keep` up to `id`.
+# Who is kept, most wanted first, before all what an earlier run kept; `order` holds whether it is
+# discourse and the recipe's `keep` up to `id`.
 PREFERENCE = ["fresh", "order", "id", "position", "source_rank", "node"]
 
 Removed = Counter[tuple[str, str]]  # documents by ("source", name) and ("stance", name)
@@ -65,7 +66,7 @@ class PartTask:
 
     @property
     def rows(self) -> str:
-        return f"{ROWS}/{self.index:06d}.parquet"
+        return f"{ROWS}/{self.index:06d}.arrow"
 
 
 @dataclass(frozen=True)

@@ -3,10 +3,10 @@
 A character that its version does not know separates words, and stays as it is in a text.
 """
 
-import unicodedata
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import lru_cache
 from typing import NamedTuple
+from unicodedata import category, normalize
 
 import numpy as np
 
@@ -46,58 +46,55 @@ _UNSPACED = (
 _SELECTORS = ((0x034F, 0x0350), (0x180B, 0x1810), (0xFE00, 0xFE10), (0xE0100, 0xE01F0))
 
 
-def _within(ranges: tuple[tuple[int, int], ...]) -> frozenset[int]:
-    return frozenset(point for lo, hi in ranges for point in range(lo, hi))
-
-
-def _characters() -> Iterator[str]:
-    for lo, hi in _ASKED:
-        for char in map(chr, range(lo, hi)):
-            if unicodedata.category(char) not in ("Cn", "Co", "Cs"):
-                yield char
-
-
 @lru_cache(maxsize=1)
 def tables() -> Tables:
     """Both tables, about 0.2 s, once in a process."""
-    selectors, unspaced = _within(_SELECTORS), _within(_UNSPACED)
-
-    def visible(char: str) -> str:
-        """`char` decomposed and case-folded, without what cannot be seen."""
-        folded = char
-        if not (unicodedata.is_normalized("NFKD", char) and char.casefold() == char):
-            folded = unicodedata.normalize("NFKD", unicodedata.normalize("NFKD", char).casefold())
-        return "".join(c for c in folded if unicodedata.category(c) != "Cf" and ord(c) not in selectors)
+    chars = [c for lo, hi in _ASKED for c in map(chr, range(lo, hi)) if category(c) not in ("Cn", "Co", "Cs")]
+    # All at once, a line each: line ends neither compose nor fold.
+    folded = normalize("NFKD", normalize("NFKD", "\n".join(chars)).casefold())
+    selectors, unspaced = (_points(ranges) for ranges in (_SELECTORS, _UNSPACED))
+    invisible = {ord(c): None for c in set(folded) if category(c) == "Cf" or selectors[ord(c)]}
+    visible = folded.translate(invisible)
 
     def word_form(c: str) -> str:
         """A folded character as words: spaces for what separates, around what stands alone."""
-        if not (c.isalnum() or unicodedata.category(c)[0] == "M"):
+        if not (c.isalnum() or category(c)[0] == "M"):
             return " "
-        return f" {c} " if ord(c) in unspaced else c
+        return f" {c} " if unspaced[ord(c)] else c
 
     def text_form(c: str) -> str:
         """A folded character as text: white space is a space."""
         return " " if c.isspace() else c
 
-    seen = {char: visible(char) for char in _characters()}
-    words = _table(word_form, seen, " ")
+    words = _table(word_form, chars, visible, " ")
     for lo, hi in _HAN:
         words.entry_of[lo:hi] = ALONE
-    return Tables(words, _table(text_form, seen, None))
+    return Tables(words, _table(text_form, chars, visible, None))
 
 
-def _table(form_of: Callable[[str], str], seen: dict[str, str], unknown: str | None) -> Table:
-    """`unknown` is what a code point without a character folds to; None: it stays as it is."""
+def _points(ranges: tuple[tuple[int, int], ...]) -> bytearray:
+    """1 for each code point in `ranges`."""
+    points = bytearray(0x110000)
+    for lo, hi in ranges:
+        points[lo:hi] = b"\1" * (hi - lo)
+    return points
+
+
+def _table(form_of: Callable[[str], str], chars: list[str], visible: str, unknown: str | None) -> Table:
+    """Line i of `visible` is what is seen of chars[i], folded. `unknown` is what a code point without a
+    character folds to; None: it stays as it is."""
     ascii_map = np.frombuffer("".join(form_of(chr(c).lower()) for c in range(0x80)).encode(), np.uint8)
+    forms = visible.translate({ord(c): form_of(c) for c in set(visible) - {"\n"}}).split("\n")
     entries = {unknown or " ": 0}
     entry_of = np.full(0x110000, COPY if unknown is None else 0, np.int32)
-    forms = {char: "".join(map(form_of, visible)) for char, visible in seen.items()}
-    for char, form in forms.items():
-        entry_of[ord(char)] = (
-            COPY if form == char else ALONE if form == f" {char} " else entries.setdefault(form, len(entries))
-        )
+    most = 1
+    for char, form in zip(chars, forms, strict=True):
+        if form == char:
+            entry_of[ord(char)] = COPY
+            continue
+        # What a byte of a character becomes at most; one that stands alone gains two spaces.
+        most = max(most, -(-len(form.encode()) // len(char.encode())))
+        entry_of[ord(char)] = ALONE if form == f" {char} " else entries.setdefault(form, len(entries))
     encoded = [form.encode() for form in entries]
     starts = np.concatenate([[0], np.cumsum([len(e) for e in encoded])]).astype(np.int32)
-    # What a byte of a character becomes at most; one that stands alone gains two spaces.
-    most = max(-(-len(form.encode()) // len(char.encode())) for char, form in forms.items())
     return Table(ascii_map, entry_of, starts, np.frombuffer(b"".join(encoded), np.uint8), most, unknown is None)
