@@ -69,6 +69,63 @@ def test_words(text, expected):
     assert " ".join(words(text)) == expected
 
 
+def defined_words(text: str) -> list[str]:
+    """The words of a text by the definition, a character at a time, in Python."""
+    spaced = []
+    for char in text:
+        folded = unicodedata.normalize("NFKD", unicodedata.normalize("NFKD", char).casefold())
+        for c in folded:
+            if unicodedata.category(c) == "Cf" or 0xFE00 <= ord(c) <= 0xFE0F or 0xE0100 <= ord(c) <= 0xE01EF:
+                continue
+            alone = "\u3041" <= c <= "\u30ff" or "\u4e00" <= c <= "\u9fff" or "\u0e01" <= c <= "\u0e5b"
+            is_word = c.isalnum() or unicodedata.category(c)[0] == "M"
+            spaced.append(f" {c} " if alone and is_word else c if is_word else " ")
+    return "".join(spaced).split()
+
+
+# Runs that are longer and shorter than the blocks of 64 bytes and the stretches of 16 KiB that the kernels work on.
+RUNS = st.sampled_from(
+    ["a", "Word ", "x" * 70, " ", ".  ,", "é", "ΣΑ ", "机器人", "ไทย", "½", "ﷺ", "\u200b", "😀", "\x00", "I'm "]
+)
+LONG = st.lists(st.tuples(RUNS, st.sampled_from([1, 3, 15, 64, 4000])), max_size=7).map(
+    lambda runs: "".join(run * count for run, count in runs)
+)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(LONG, min_size=1, max_size=3), st.sampled_from([1, 2, 5]))
+def test_words_and_shingles_of_long_texts_are_the_definition(texts, ngram):
+    array = pa.array(texts, pa.large_string())
+    folded, sets = overlap.words(array), overlap.shingle_sets(array, ngram)
+    signatures, num_shingles = MinHasher(16, ngram).sign(array)
+    for doc, text in enumerate(texts):
+        expected = defined_words(text)
+        data = bytes(folded.data[folded.offsets[doc] : folded.offsets[doc + 1]])
+        assert data.decode() == " ".join(expected)
+        grams = {" ".join(expected[i : i + ngram]).encode() for i in range(len(expected) - ngram + 1)}
+        assert sets.ends[doc] - sets.starts[doc] == len(grams)
+        assert num_shingles[doc] == max(0, len(expected) - ngram + 1)
+        theirs = datasketch.MinHash(16, seed=1, scheme="affine32", hashfunc=overlap.hash_shingle)
+        theirs.update_batch(grams)
+        assert signatures[doc].tolist() == theirs.hashvalues.tolist()
+
+
+def test_signatures_go_into_datasketch(shared_words=("alpha beta gamma delta epsilon zeta eta theta " * 3)):
+    texts = [shared_words, shared_words + "iota", "nothing of this is in the other texts at all, not a word"]
+    hasher = MinHasher(128, 5)
+    rows = hasher.signatures(pa.array(texts))
+    assert (rows.shape, rows.dtype) == ((3, 128), np.uint32)
+    index = datasketch.MinHashLSH(threshold=0.8, num_perm=128)
+    sketches = [
+        datasketch.MinHash(128, seed=1, scheme="affine32", hashfunc=overlap.hash_shingle, hashvalues=row)
+        for row in rows
+    ]
+    for name, sketch in zip("abc", sketches, strict=True):
+        index.insert(name, sketch)
+    assert sorted(index.query(sketches[0])) == ["a", "b"]
+    assert sketches[0].jaccard(sketches[1]) == pytest.approx(overlap.jaccard(texts[0], texts[1], 5), abs=0.15)
+
+
 @settings(max_examples=40, deadline=None)
 @given(st.text(st.sampled_from("aZé ĀếǚΆйガ가각힣ﾊ中,.\u2014’“ \n"), max_size=60))
 def test_words_do_not_see_composition_case_or_a_second_pass(text):
