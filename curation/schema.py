@@ -117,7 +117,7 @@ LLM_LABEL = pa.schema(
 CLUSTER = pa.schema(
     [
         _field("id", pa.string(), "document id"),
-        _field("cluster", pa.string(), "id of the cluster's kept document, `earlier`: in that run; the own id when alone"),
+        _field("cluster", pa.string(), "id of the kept document (earlier: in that run); the own id when alone"),
         _field("kept", pa.bool_(), "true for the representative"),
         _field("how", pa.string(), "unique | kept | exact | near | earlier | duplicate_id"),
         _field("similarity", pa.float32(), "Jaccard (exact or estimated) to the kept document", nullable=True),

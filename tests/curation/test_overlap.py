@@ -110,7 +110,8 @@ def test_words_and_shingles_of_long_texts_are_the_definition(texts, ngram):
         assert signatures[doc].tolist() == theirs.hashvalues.tolist()
 
 
-def test_signatures_go_into_datasketch(shared_words=("alpha beta gamma delta epsilon zeta eta theta " * 3)):
+def test_signatures_go_into_datasketch():
+    shared_words = "alpha beta gamma delta epsilon zeta eta theta " * 3
     texts = [shared_words, shared_words + "iota", "nothing of this is in the other texts at all, not a word"]
     hasher = MinHasher(128, 5)
     rows = hasher.signatures(pa.array(texts))
