@@ -26,7 +26,7 @@ from curation.recipe import Ingest, Input
 from curation.rng import key64
 
 MIB = 1 << 20
-MIN_SPLIT_BYTES = 4 * MIB  # below this, starting a task costs more than its work
+MIN_SPLIT_BYTES = 16 * MIB  # below this, tasks and commits cost more than a tenth of the work
 COMPRESSIONS = {".gz": "gzip", ".zst": "zstd", ".bz2": "bz2"}
 FORMATS = {
     **dict.fromkeys((".jsonl", ".ndjson", ".json"), "jsonl"),

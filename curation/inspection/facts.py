@@ -14,6 +14,8 @@ import polars as pl
 from curation.errors import TilthError
 from curation.inspection.excerpts import Piece, Span, char_offsets, differences, excerpt, shorten, term_span
 from curation.inspection.run import DISCOURSE, GIVEN, MODEL, STUDENT, Run, collect, whose_expression
+from curation.manifest import DOCUMENTS
+from curation.rng import keys64
 from curation.schema import POOL, STANCES
 
 BINS = 20
@@ -197,7 +199,7 @@ def gather(run: Run) -> Facts:
         _categories(rows),
         _dedup(run),
         _rejects(run),
-        {stance: _samples(run, stance) for stance in STANCES},
+        _samples(run),
     )
 
 
@@ -317,8 +319,7 @@ def _least_similar_pair(run: Run) -> Pair | None:
     if row.is_empty():
         return None
     similarity, removed_id, kept_id = row.row(0)
-    wanted = run.documents.filter(pl.col("id").is_in([removed_id, kept_id])).select("id", "source", "text")
-    texts = {i: (source, text) for i, source, text in collect(wanted).iter_rows()}
+    texts = _texts(run, [removed_id, kept_id])
     (kept_source, kept), (removed_source, removed) = texts[kept_id], texts[removed_id]
     return Pair(kept_id, kept_source, removed_id, removed_source, similarity, *differences(kept, removed, PAIR_WORDS))
 
@@ -339,17 +340,40 @@ def _reject(run: Run, reason: str, records: int) -> Rejects:
     return Rejects(reason, records, source, shorten(file, 120), position, shorten(detail or "", 200) or None, text)
 
 
-def _samples(run: Run, stance: str) -> list[Sample]:
-    samples = []
-    for row in run.sample(stance, MAX_SAMPLES).iter_rows(named=True):
-        text = row["text"]
-        # What little speaks for AI discourse in a document that is none would only mislead.
-        spans = _term_spans(text, row["hits"] or []) + (_evidence_spans(run, text) if row["discourse"] else [])
-        pieces = excerpt(text, spans, EXCERPT_CHARS)
-        whose = GIVEN if row["given_stance"] else MODEL if row.get("llm_stance") else STUDENT
-        level = row["confidence"] if whose == MODEL else None
-        samples.append(Sample(row["id"], row["source"], whose, row[f"p_{stance}"], level, pieces))
+def _texts(run: Run, ids: list[str]) -> dict[str, tuple[str, str]]:
+    """(source, text) of a few documents. Sidecars say which parts they are in: other parts' texts are not read."""
+    among = pl.col("id").is_in(ids)
+    parts = collect(run.clusters.filter(among).select(pl.col("part").unique()))["part"].to_list()
+    documents = pl.scan_parquet([run.folder.path(DOCUMENTS, f"{part}.parquet") for part in parts], glob=False)
+    return {
+        i: (source, text)
+        for i, source, text in collect(documents.filter(among).select("id", "source", "text")).iter_rows()
+    }
+
+
+def _samples(run: Run) -> dict[str, list[Sample]]:
+    """MAX_SAMPLES documents of each stance: those of `Run.sample`."""
+    key = pl.col("id").map_batches(
+        lambda ids: pl.Series(keys64((0, "sample"), ids.to_list())), pl.UInt64, is_elementwise=True
+    )
+    of_stance = [run.labels.filter(pl.col("stance") == stance) for stance in STANCES]
+    drawn = collect(
+        pl.concat([rows.with_columns(key=key).bottom_k(MAX_SAMPLES, by=["key", "id"]) for rows in of_stance])
+    )
+    texts = _texts(run, drawn["id"].to_list()) if len(drawn) else {}
+    samples: dict[str, list[Sample]] = {stance: [] for stance in STANCES}
+    for row in drawn.sort("key", "id").iter_rows(named=True):
+        source, text = texts[row["id"]]
+        samples[row["stance"]].append(_sample(run, row, source, text))
     return samples
+
+
+def _sample(run: Run, row: dict[str, Any], source: str, text: str) -> Sample:
+    # What little speaks for AI discourse in a document that is none would only mislead.
+    spans = _term_spans(text, row["hits"] or []) + (_evidence_spans(run, text) if row["discourse"] else [])
+    whose = GIVEN if row["given_stance"] else MODEL if row.get("llm_stance") else STUDENT
+    level = row["confidence"] if whose == MODEL else None
+    return Sample(row["id"], source, whose, row[f"p_{row['stance']}"], level, excerpt(text, spans, EXCERPT_CHARS))
 
 
 def _term_spans(text: str, hits: list[dict[str, Any]]) -> list[Span]:

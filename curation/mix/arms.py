@@ -65,7 +65,26 @@ def batches(run: RunFolder, num_documents: dict[str, int], seed: int, labelled: 
 def gather(batch: Batch) -> int:
     """Write the candidates of a batch under WORK: part, id, start, num_tokens, stance, discourse and
     category of each representative. Returns their number."""
-    frame = pl.concat([_candidates(batch.run, name, batch.labelled) for name in batch.names])
+    run, names = batch.run, batch.names
+    documents = _tables(run, DOCUMENTS, names, ["id", "role", "given_stance"])
+    labels = _tables(run, DETECT, names, [*_PROBABILITIES, "discourse", "blocklist"])
+    read = _tables(run, LABELS, names, ["llm_stance"]) if batch.labelled else None
+    tokens = _tables(run, TOKENS, names, ["start", "num_tokens"])
+    table = pa.table(
+        {
+            "part": tokens["part"],
+            "id": documents["id"],
+            "role": documents["role"],
+            "start": tokens["start"],
+            "num_tokens": tokens["num_tokens"],
+            "stance": effective_stance(documents, labels, read),
+            "discourse": effective_discourse(documents, labels, read),
+            "blocklist": labels["blocklist"],
+            "kept": _tables(run, DEDUP, names, ["kept"])["kept"],
+        }
+    )
+    frame = pl.DataFrame(table).filter("kept")
+    frame = frame.with_columns(category(frame)).drop("kept", "role", "blocklist")
     storage.commit_ipc(batch.path("candidates"), frame.to_arrow())
     return len(frame)
 
@@ -75,26 +94,13 @@ def candidates(batch: Batch) -> pl.DataFrame:
     return pl.DataFrame(storage.read_ipc(batch.path("candidates")))
 
 
-def _candidates(run: RunFolder, name: str, labelled: bool) -> pl.DataFrame:
-    documents = run.read(f"{DOCUMENTS}/{name}.parquet", ["id", "role", "given_stance"])
-    labels = run.read(f"{DETECT}/{name}.parquet", [*_PROBABILITIES, "discourse", "blocklist"])
-    read = run.read(f"{LABELS}/{name}.parquet", ["llm_stance"]) if labelled else None
-    kept = run.read(f"{DEDUP}/{name}.parquet", ["kept"])
-    tokens = run.read(f"{TOKENS}/{name}.parquet", ["start", "num_tokens"])
-    table = pa.table(
-        {
-            "id": documents["id"],
-            "role": documents["role"],
-            "start": tokens["start"],
-            "num_tokens": tokens["num_tokens"],
-            "stance": effective_stance(documents, labels, read),
-            "discourse": effective_discourse(documents, labels, read),
-            "blocklist": labels["blocklist"],
-            "kept": kept["kept"],
-        }
-    )
-    frame = pl.DataFrame(table).filter("kept")
-    return frame.with_columns(category(frame), part=pl.lit(name)).drop("kept", "role", "blocklist")
+def _tables(run: RunFolder, folder: str, names: Sequence[str], columns: list[str]) -> pa.Table:
+    """Columns of several parts, one below the other; `part` is the name of the row's part."""
+    tables = []
+    for name in names:
+        table = run.read(f"{folder}/{name}.parquet", columns)
+        tables.append(table.append_column("part", pa.repeat(name, len(table))))
+    return pa.concat_tables(tables)
 
 
 def select_keys(seed: int, repeat: int, ids: Sequence[str]) -> np.ndarray:
@@ -218,7 +224,7 @@ def _members(stretch: Stretch, select: dict[int, np.ndarray], kinds: np.ndarray)
 
 
 class _Keys(dict[int, np.ndarray]):
-    """`select` keys of a part by repeat, computed when first asked for."""
+    """`select` keys of a batch by repeat, computed when first asked for."""
 
     def __init__(self, seed: int, ids: Sequence[str]):
         super().__init__()
@@ -227,6 +233,30 @@ class _Keys(dict[int, np.ndarray]):
     def __missing__(self, repeat: int) -> np.ndarray:
         self[repeat] = select_keys(self._seed, repeat, self._ids)
         return self[repeat]
+
+
+class _Orders:
+    """`order` keys of a batch, each computed once: arms share most of their documents."""
+
+    def __init__(self, seed: int, ids: Sequence[str]):
+        self._seed, self._ids = seed, ids
+        self._known: dict[tuple[str, int], tuple[np.ndarray, np.ndarray]] = {}
+
+    def __call__(self, phase: str, rows: np.ndarray, repeats: np.ndarray) -> np.ndarray:
+        """uint64 for each of `rows` in its repeat."""
+        order = np.empty(len(rows), np.uint64)
+        for repeat in np.unique(repeats).tolist():
+            at = repeats == repeat
+            order[at] = self._of_repeat(phase, repeat, rows[at])
+        return order
+
+    def _of_repeat(self, phase: str, repeat: int, rows: np.ndarray) -> np.ndarray:
+        empty = np.empty(len(self._ids), np.uint64), np.zeros(len(self._ids), bool)
+        keys, is_known = self._known.setdefault((phase, repeat), empty)
+        new = rows[~is_known[rows]]
+        keys[new] = order_keys(self._seed, phase, repeat, [self._ids[row] for row in new.tolist()])
+        is_known[new] = True
+        return keys[rows]
 
 
 def _arm_rows(
@@ -256,15 +286,7 @@ class _Rows:
         self.kinds = self.frame["category"].to_numpy()
         self.tokens = self.frame["num_tokens"].to_numpy().astype(np.int64)
         self.discourse = self.frame["discourse"].to_numpy()
-        self.keys = _Keys(item.seed, self.ids)
-        self.seed = item.seed
-
-    def order(self, phase: str, rows: np.ndarray, repeats: np.ndarray) -> np.ndarray:
-        order = np.empty(len(rows), np.uint64)
-        for repeat in np.unique(repeats):
-            at = repeats == repeat
-            order[at] = order_keys(self.seed, phase, int(repeat), [self.ids[r] for r in rows[at]])
-        return order
+        self.keys, self.order = _Keys(item.seed, self.ids), _Orders(item.seed, self.ids)
 
     def num_dropped(self, arm_phase: ArmPhase) -> int:
         """Documents of the phase's U that the arm drops."""
@@ -372,10 +394,11 @@ def _read_shard(path: str, shard: int) -> pa.Table:
 def shard_token_ids(run: RunFolder, rows: pl.DataFrame, dtype: np.dtype) -> list[np.ndarray]:
     """The token ids of each row, read from 50_tokens: mapped where files are local, ranges elsewhere."""
     paths = {name: run.path(TOKENS, f"{name}.bin") for name in rows["part"].unique()}
-    places = list(zip(rows["part"], rows["start"], rows["num_tokens"], strict=True))
+    places = list(zip(rows["part"].to_list(), rows["start"].to_list(), rows["num_tokens"].to_list(), strict=True))
     if storage.is_local(run.root):
         # An empty file cannot be mapped, but then no row points into it.
-        maps = {name: np.memmap(storage.filesystem(path)[1], dtype, "r") for name, path in paths.items()}
+        # As plain arrays: a slice of a memmap object takes ten times as long as one of an ndarray.
+        maps = {name: np.asarray(np.memmap(storage.filesystem(path)[1], dtype, "r")) for name, path in paths.items()}
         return [maps[name][start : start + n] for name, start, n in places]
     fs, _ = storage.filesystem(run.root)
     inner = {name: storage.filesystem(path)[1] for name, path in paths.items()}

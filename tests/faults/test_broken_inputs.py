@@ -57,7 +57,7 @@ def test_every_broken_record_is_named_and_the_good_ones_are_kept(make_recipe, tm
     kept = set(documents["source_id"])
     assert {f"g{i}" for i in range(300)} | {f"c{i}" for i in range(50)} <= kept
     assert any(i.startswith("z") for i in kept), "what came before the break is kept"
-    assert done.summary["duplicates"] == {"exact": 1, "near": 0, "duplicate_id": 1}
+    assert done.summary["duplicates"] == {"exact": 1, "near": 0, "earlier": 0, "duplicate_id": 1}
     rejects = pl.concat([pl.read_parquet(p) for p in run.glob("quarantine/*.parquet")])
     assert len(rejects) == done.summary["quarantined_total"]
     line = rejects.filter(pl.col("reason") == "bad_json").row(0, named=True)

@@ -117,6 +117,24 @@ def test_a_list_of_ones_own(tmp_path: Path) -> None:
     assert hits(own, "HOT AIR BALLOON, zeppelin; robot") == [("hot-air balloon", "mine", 0), ("Zeppelin", "mine", 17)]
 
 
+NESTED = ["ai", "ai safety", "safety", "safety of ai", "the machine", "the machine the"]
+
+
+@given(st.lists(st.sampled_from(["ai", "safety", "of", "the", "machine", "them"]), max_size=40), st.integers(1, 3))
+@settings(max_examples=150, deadline=None)
+def test_terms_within_and_across_terms_are_all_found(tmp_path_factory, words: list[str], spaces: int) -> None:
+    own = Blocklist.load(write(tmp_path_factory.mktemp("own"), ONE, mine="\n".join(NESTED)))
+    gap = " " * spaces
+    found = [(term, offset) for term, _, offset in hits(own, gap.join(words))]
+    starts = [sum(len(word) + spaces for word in words[:k]) for k in range(len(words))]
+    assert found == [
+        (term, start)
+        for k, start in enumerate(starts)
+        for term in NESTED
+        if words[k : k + len(term.split())] == term.split()
+    ]
+
+
 def test_fingerprint_follows_terms_and_rules(tmp_path: Path) -> None:
     def of(name: str, index: str, terms: str) -> str:
         (tmp_path / name).mkdir()

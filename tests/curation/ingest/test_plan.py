@@ -47,11 +47,11 @@ def test_format_by_name(name: str, expected: tuple[str | None, str | None]) -> N
 
 
 def test_split_size_depends_on_the_file_and_split_mb_only() -> None:
-    assert part_bytes(100, True, 64) == 4 * MIB  # small: not below 4 MiB
-    assert part_bytes(80 * MIB, True, 64) == 10 * MIB  # size // 8
+    assert part_bytes(100, True, 64) == 16 * MIB  # small: not below 16 MiB
+    assert part_bytes(160 * MIB, True, 64) == 20 * MIB  # size // 8
     assert part_bytes(8000 * MIB, True, 64) == 64 * MIB  # not above split_mb
     assert part_bytes(80 * MIB, False, 64) == 40 * MIB  # compressed: size // 2
-    assert part_bytes(80 * MIB, True, 1) == 1 * MIB  # a limit below 4 MiB holds
+    assert part_bytes(80 * MIB, True, 1) == 1 * MIB  # a limit below 16 MiB holds
 
 
 def test_relative_path_is_below_the_longest_folder_without_glob_characters(tmp_path: Path) -> None:
@@ -89,9 +89,9 @@ def test_order_is_by_input_then_path_whatever_the_listing(tmp_path: Path) -> Non
 
 def test_plain_files_are_cut_into_byte_ranges_that_cover_them(tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
-    path.write_bytes(b"{}\n" * (3 * MIB))
+    path.write_bytes(b"{}\n" * (12 * MIB))
     splits = plan(path)
-    assert [(s.start, s.end) for s in splits] == [(0, 4 * MIB), (4 * MIB, 8 * MIB), (8 * MIB, 9 * MIB)]
+    assert [(s.start, s.end) for s in splits] == [(0, 16 * MIB), (16 * MIB, 32 * MIB), (32 * MIB, 36 * MIB)]
     assert [s.name[-6:] for s in splits] == ["-00000", "-00001", "-00002"]
     assert not any(s.is_whole_file for s in splits)
 
@@ -118,7 +118,7 @@ def test_fingerprint_follows_file_and_input_but_not_the_place(tmp_path: Path) ->
     assert (changed[0] != one, changed[1] == two) == (True, True)
     given = Input(path=str(tmp_path / "there/*.jsonl"), source="s0")
     assert ingest.plan([given], Ingest(max_document_mb=1))[1].fingerprint != two
-    assert ingest.plan([given], Ingest(split_mb=8))[1].fingerprint == two  # a small file is cut as before
+    assert ingest.plan([given], Ingest(split_mb=32))[1].fingerprint == two  # a small file is cut as before
 
 
 def test_memory_files_and_their_identity() -> None:
