@@ -10,31 +10,30 @@ the rule was chosen on texts put together from labelled passages (models/default
 
 import functools
 import hashlib
-import tempfile
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa
 
 from curation import storage
-from curation.detect.folded import Folded, fold, window_features, window_logits
-from curation.detect.normalise import normalise, normalise_text
+from curation.detect import features, model_file
+from curation.detect.folded import (
+    Folded,
+    Span,
+    character_of_byte,
+    evidence,
+    fold,
+    softmax,
+    window_logits,
+    window_ranges,
+)
+from curation.detect.normalise import normalise
 from curation.errors import UserError
 from curation.schema import STANCES
 
 WINDOW_WORDS = 200
 LABELS = [f"__label__{stance}" for stance in STANCES]
 _DEFAULT = Path(__file__).parent / "models" / "default.bin"
-_MAGIC = (793712314).to_bytes(4, "little")  # how every fastText model file begins
-
-
-class Span(NamedTuple):
-    """Evidence: characters [start, end) of the text and what they add to the log-odds of discourse."""
-
-    start: int
-    end: int
-    contribution: float
 
 
 class Detector:
@@ -57,7 +56,7 @@ class Detector:
     def predict(self, texts: pa.Array) -> np.ndarray:
         """float32[n, 5]: probability of each of schema.STANCES for each text; rows sum to 1."""
         logits_WC, bounds = self._windows(texts)
-        return combine_windows(_softmax(logits_WC), bounds)
+        return combine_windows(softmax(logits_WC), bounds)
 
     def explain(self, text: str, limit: int = 20) -> list[Span]:
         """The spans that speak most for AI discourse in the most telling window, strongest first.
@@ -66,17 +65,14 @@ class Detector:
         (weighted by their probabilities given discourse) and the logit of unrelated; over all
         features they add up to that difference. Only positive ones are returned.
         """
-        logits_WC, _ = self._windows(pa.array([text], pa.large_string()))
-        window = int(np.argmin(_softmax(logits_WC)[:, 0]))
-        weights = _softmax(logits_WC[window : window + 1, 1:])[0]
-        found = window_features(self._model, normalise_text(text), window, len(logits_WC))
-        characters = _character_of_byte(text)
-        spans = [
-            Span(int(characters[a]), int(characters[b]), float(weights @ row[1:] - row[0]) / len(found))
-            for a, b, row in found
-            if a < b
-        ]
-        return sorted((s for s in spans if s.contribution > 0), key=lambda s: (-s.contribution, s.start, s.end))[:limit]
+        data, offsets = normalise(pa.array([text], pa.large_string()))
+        logits_WC, _ = window_logits(self._model, data, offsets, WINDOW_WORDS)
+        window = int(np.argmin(softmax(logits_WC)[:, 0]))
+        direction_C = np.concatenate([[-1], softmax(logits_WC[window : window + 1, 1:])[0]])
+        found = features.tokens(self._model.features, data, offsets)
+        firsts, lasts, _ = window_ranges(found.bounds, WINDOW_WORDS)
+        characters = character_of_byte(text)
+        return evidence(self._model, found, firsts[window], lasts[window], direction_C, characters, limit)
 
     def _windows(self, texts: pa.Array) -> tuple[np.ndarray, np.ndarray]:
         data, offsets = normalise(texts)
@@ -102,47 +98,22 @@ def combine_windows(probability_WC: np.ndarray, bounds: np.ndarray) -> np.ndarra
     return (total / tops_D[:, None]).astype(np.float32)
 
 
-def _softmax(logits: np.ndarray) -> np.ndarray:
-    exponents = np.exp(logits.astype(np.float64) - logits.max(axis=1, keepdims=True))
-    return exponents / exponents.sum(axis=1, keepdims=True)
-
-
-def _character_of_byte(text: str) -> np.ndarray:
-    """int64[num_bytes + 1]: the character that each UTF-8 byte (and the end) belongs to."""
-    starts = (np.frombuffer(text.encode(), np.uint8) & 0xC0) != 0x80
-    return np.concatenate([np.cumsum(starts) - 1, [len(text)]])
-
-
 @functools.lru_cache(maxsize=4)
 def _load(path: str) -> Detector:
-    raw = _model_bytes(path)
-    with tempfile.NamedTemporaryFile(suffix=".bin") as local:  # the library reads local files only
-        local.write(raw)
-        local.flush()
-        return Detector(_folded(local.name, path), hashlib.sha256(raw).hexdigest())
-
-
-def _model_bytes(path: str) -> bytes:
     try:
         raw = storage.read_bytes(path)
     except (FileNotFoundError, IsADirectoryError):
         raise UserError(
             f"there is no model file {path}: make one with `tilth detect train LABELLED -o {path}`"
         ) from None
-    if not raw.startswith(_MAGIC):
-        raise UserError(f"{path} is not a fastText model file")
-    return raw
+    return Detector(fold_stances(raw, path), hashlib.sha256(raw).hexdigest())
 
 
-def _folded(local_path: str, path: str) -> Folded:
-    import fasttext
-
-    try:
-        model = fasttext.load_model(local_path)
-    except (ValueError, RuntimeError, MemoryError) as error:
-        raise UserError(f"{path} can't be read as a fastText model: {error}") from None
-    labels = getattr(model, "labels", None) or []
-    if sorted(labels) != sorted(LABELS):
-        found = ", ".join(labels) or "none"
-        raise UserError(f"{path} has the labels {found}; Tilth needs {', '.join(LABELS)}")
-    return fold(model, LABELS, path)
+def fold_stances(raw: bytes, name: str) -> Folded:
+    """The model in a file's bytes, its classes in the order of schema.STANCES."""
+    model = model_file.parse(np.frombuffer(raw, np.uint8), name)
+    if sorted(model.labels) != sorted(LABELS):
+        raise UserError(f"{name} has the labels {', '.join(model.labels)}; Tilth needs {', '.join(LABELS)}")
+    if model.loss != "softmax":
+        raise UserError(f"{name} is not a softmax model: train one with `tilth detect train`")
+    return fold(model, LABELS)

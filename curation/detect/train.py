@@ -27,8 +27,7 @@ from scipy.linalg import helmert
 from curation import storage
 from curation.detect import metrics
 from curation.detect.augment import augmented
-from curation.detect.fasttext import LABELS, WINDOW_WORDS, Detector
-from curation.detect.folded import fold
+from curation.detect.fasttext import LABELS, WINDOW_WORDS, Detector, fold_stances
 from curation.detect.normalise import NORMALISATION, normalise_text
 from curation.errors import UserError
 from curation.records import read_records, text_of
@@ -87,7 +86,7 @@ def train(
         raise UserError(f"the model's name must end with .bin, not {out}")
     data = read_labelled(labelled, more)
     held_out = split(data, seed)
-    measured = Detector(fold(_fit(data.take(~held_out), seed), LABELS, "the model"), "")
+    measured = Detector(fold_stances(_model_bytes(_fit(data.take(~held_out), seed)), "the model"), "")
     report = held_out_report(measured, data.take(held_out))
     committed = storage.commit_bytes(out, _model_bytes(_fit(data, seed)))
     Detector.forget()

@@ -11,8 +11,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from curation.detect.fasttext import LABELS, WINDOW_WORDS, Detector, combine_windows, num_top_windows
-from curation.detect.folded import fold, window_logits
+from curation.detect.fasttext import (
+    LABELS,
+    WINDOW_WORDS,
+    Detector,
+    combine_windows,
+    fold_stances,
+    num_top_windows,
+)
+from curation.detect.folded import Folded, window_logits
 from curation.detect.normalise import normalise
 from curation.errors import UserError
 from curation.schema import STANCES
@@ -30,13 +37,22 @@ LINES = [
 ]
 
 
-@pytest.fixture(scope="module", params=[1, 2, 3])
-def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Any:
-    path = tmp_path_factory.mktemp("model") / "lines.txt"
+def write_lines(path: Path) -> Path:
     path.write_text("".join(f"__label__{stance} {line}\n" for stance, line in LINES * 5), encoding="utf-8")
-    return fasttext.train_supervised(
-        str(path), dim=6, bucket=500, wordNgrams=request.param, epoch=20, lr=0.5, thread=1, seed=1, verbose=0
-    )
+    return path
+
+
+@pytest.fixture(scope="module", params=[(1, 0, 0), (2, 0, 0), (3, 2, 4)])
+def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Folded]:
+    """One with words alone, one with bigrams, one with trigrams and subwords; the library's, and the same folded."""
+    path = write_lines(tmp_path_factory.mktemp("model") / "lines.txt")
+    ngrams, minn, maxn = request.param
+    trained = fasttext.train_supervised(
+        str(path), dim=6, bucket=500, wordNgrams=ngrams, minn=minn, maxn=maxn, epoch=20, lr=0.5, thread=1, seed=1,
+        verbose=0,
+    )  # fmt: skip
+    trained.save_model(str(path.with_suffix(".bin")))
+    return trained, fold_stances(path.with_suffix(".bin").read_bytes(), "test")
 
 
 def reference(model: Any, line: str) -> np.ndarray:
@@ -47,9 +63,10 @@ def reference(model: Any, line: str) -> np.ndarray:
 
 @given(texts=st.lists(TEXTS, min_size=1, max_size=4))
 @settings(max_examples=60, deadline=None)
-def test_windows_equal_fasttext(model: Any, texts: list[str]) -> None:
+def test_windows_equal_fasttext(model: tuple[Any, Folded], texts: list[str]) -> None:
+    library, folded = model
     data, offsets = normalise(pa.array(texts))
-    logits, bounds = window_logits(fold(model, LABELS, "test"), data, offsets, WINDOW_WORDS)
+    logits, bounds = window_logits(folded, data, offsets, WINDOW_WORDS)
     probability = np.exp(logits) / np.exp(logits).sum(axis=1, keepdims=True)
     for document in range(len(texts)):
         words = data[offsets[document] : offsets[document + 1]].tobytes().decode().split()
@@ -57,7 +74,7 @@ def test_windows_equal_fasttext(model: Any, texts: list[str]) -> None:
         assert bounds[document + 1] - bounds[document] == num_windows
         for window in range(num_windows):
             line = " ".join(words[window * len(words) // num_windows : (window + 1) * len(words) // num_windows])
-            assert probability[bounds[document] + window] == pytest.approx(reference(model, line), abs=2e-6)
+            assert probability[bounds[document] + window] == pytest.approx(reference(library, line), abs=2e-6)
 
 
 def test_one_more_window_decides_for_every_four_times_the_length() -> None:
@@ -102,6 +119,13 @@ def test_evidence_spans_are_where_the_words_are() -> None:
     assert all(re.fullmatch(r"\w[\w\W]*", piece) for piece in found)
 
 
+def test_evidence_is_of_the_most_telling_window() -> None:
+    text = "tea and cake " * 100 + "robots rose against their makers " * 3
+    spans = Detector.load().explain(text, limit=3)
+    assert text[spans[0].start : spans[0].end].startswith("robots")
+    assert spans[0].start >= len("tea and cake " * 66)
+
+
 def test_models_that_are_not_ours(tmp_path: Path) -> None:
     lines = tmp_path / "lines.txt"
     lines.write_text("__label__good a b c\n__label__bad d e f\n" * 5, encoding="utf-8")
@@ -109,6 +133,12 @@ def test_models_that_are_not_ours(tmp_path: Path) -> None:
     other.save_model(str(tmp_path / "other.bin"))
     with pytest.raises(UserError, match=r"has the labels .*good.*; Tilth needs __label__unrelated"):
         Detector.load(str(tmp_path / "other.bin"))
+    other = fasttext.train_supervised(
+        str(write_lines(tmp_path / "five.txt")), dim=2, loss="ova", minCount=1, epoch=1, thread=1, verbose=0
+    )
+    other.save_model(str(tmp_path / "ova.bin"))
+    with pytest.raises(UserError, match="is not a softmax model"):
+        Detector.load(str(tmp_path / "ova.bin"))
     with pytest.raises(UserError, match="is not a fastText model file"):
         Detector.load(str(lines))
     with pytest.raises(UserError, match="there is no model file"):

@@ -11,8 +11,8 @@ import pytest
 
 from curation.detect import train as training
 from curation.detect.augment import augmented
-from curation.detect.fasttext import LABELS, Detector
-from curation.detect.folded import fold, window_logits
+from curation.detect.fasttext import Detector, fold_stances
+from curation.detect.folded import window_logits
 from curation.detect.train import Labelled, near_duplicate_groups, read_labelled, split, train
 from curation.errors import UserError
 from curation.rng import key64
@@ -75,7 +75,7 @@ def test_the_model_s_logits_are_the_mean_of_its_members() -> None:
     text, one_line = np.frombuffer(b"a tea cake d b", np.uint8), np.array([0, 14])
 
     def logits(model: Any) -> np.ndarray:
-        found, _ = window_logits(fold(model, LABELS, "test"), text, one_line, 200)
+        found, _ = window_logits(fold_stances(training._model_bytes(model), "test"), text, one_line, 200)
         return found[0] - found[0].mean()  # a softmax does not see a shift
 
     mean = np.mean([logits(member) for member in members], axis=0)

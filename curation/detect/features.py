@@ -1,0 +1,488 @@
+"""Text to the rows of a fastText model's input matrix, as fastText does it, and sums over those rows.
+
+1. `_split`: bytes to tokens at fastText's separators, with their FNV-1a hashes (bytes sign-extended), in a loop whose
+   only branch is its end: a hash is stored at every byte and kept where a token ends.
+2. `_keys`, `_identify`: the word of each token, by its first eight bytes in one 64-bit key; labels are dropped, and
+   `</s>` ends the document. Words that aren't in the dictionary stay, since n-grams are made of their hashes.
+3. `_list_rows`: the row numbers of each line (a range of tokens, then `</s>`): words, or their subwords, then the
+   buckets of word n-grams.
+4. `_sum_rows`: adds those rows.
+
+Where a table is larger than the cache (2, 4), a loop of nothing but loads goes ahead, so that its misses overlap: two
+and a half times the speed of loads among branches and sums. Documents pass in batches whose lists stay in the cache.
+Compiled, without the GIL, no Python object per document; kernels take flat arrays and call nothing that takes arrays,
+as numba counts references with atomic operations (a view a row and a call a token were half of the time).
+"""
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import numpy as np
+from numba import njit
+
+BATCH_BYTES = 1 << 18
+_AHEAD = 512  # items whose cache lines are asked for at once
+_FNV_OFFSET, _FNV_PRIME = np.uint32(2166136261), np.uint32(16777619)
+_NGRAM_FACTOR = np.uint64(116049371)
+_SEPARATORS = np.isin(np.arange(256), [0, 9, 10, 11, 12, 13, 32])
+_EOS = b"</s>"
+_EOS_KEY = np.uint64(int.from_bytes(_EOS, "little"))
+_LABEL = np.frombuffer(b"__label__", np.uint8)  # of a loaded model, whichever prefix it was trained with
+_LONG = np.uint64(32 << 56)  # keys of words over eight bytes have a space where no other key has one
+_NO, _YES, _ONE, _TWO, _THREE, _FOUR = (np.uint64(n) for n in (0, 1, 1, 2, 3, 4))
+_FOURS = np.uint64(2**64 - 4)
+_BYTE, _SIXTEEN, _SHIFTS, _EIGHT_BYTES = (np.uint64(n) for n in (8, 16, 63, 64))
+_ALL_BITS, _LENGTHS = np.uint64(2**64 - 1), np.uint64(2**24 - 1)
+
+
+class Features(NamedTuple):
+    """What a model needs of the text. Row numbers: words, then buckets."""
+
+    vocabulary: np.ndarray  # uint8: the bytes of the words and labels, joined
+    bounds: np.ndarray  # int64[num_words + num_labels + 1]
+    slots: np.ndarray  # uint64[4 * a power of two]: open addressing by hash (see `_fill_slots`)
+    num_words: int
+    ngrams: int
+    bucket: int
+    minn: int
+    maxn: int
+    pruned: np.ndarray  # int32[bucket]: which of the rows after the words, or -1; empty: the bucket itself
+    eos_id: int  # the word `</s>`, -1 where it is not in the dictionary
+    eos_hash: np.uint32
+
+
+class Tokens(NamedTuple):
+    """Tokens of a batch; document i has those from bounds[i] to bounds[i + 1]."""
+
+    data: np.ndarray  # uint8
+    hashes: np.ndarray  # uint32
+    ids: np.ndarray  # int32: number of the word, -1 = not in the dictionary
+    starts: np.ndarray  # int64: first byte in `data`
+    ends: np.ndarray  # int64
+    bounds: np.ndarray  # int64
+
+
+class Rows(NamedTuple):
+    """Rows of each line of a batch; line i has those from bounds[i] to bounds[i + 1]."""
+
+    rows: np.ndarray  # int32
+    bounds: np.ndarray  # int64
+    num_features: np.ndarray  # int64[lines]: of which fastText takes the mean
+
+
+def features(
+    vocabulary: np.ndarray, bounds: np.ndarray, num_words: int, *, ngrams: int, bucket: int, minn: int, maxn: int,
+    pruned: np.ndarray | None,
+) -> Features:  # fmt: skip
+    """The dictionary, ready for look-ups."""
+    slots = _slots(vocabulary, bounds)
+    eos, length = np.frombuffer(_EOS, np.uint8), np.uint64(len(_EOS))
+    eos_hash = _hash(eos)
+    eos_id = int(slots[4 * int(_slot(eos, _NO, length, eos_hash, _EOS_KEY, slots, vocabulary, bounds)) + 1]) - 1
+    return Features(
+        vocabulary, bounds, slots, num_words, ngrams, max(1, bucket), minn, maxn,
+        np.zeros(0, np.int32) if pruned is None else pruned, eos_id if eos_id < num_words else -1, eos_hash,
+    )  # fmt: skip
+
+
+def batches(offsets: np.ndarray) -> Iterator[tuple[int, int]]:
+    """Ranges of documents of about BATCH_BYTES, one document at least."""
+    first = 0
+    while first < len(offsets) - 1:
+        fits = int(np.searchsorted(offsets, offsets[first] + BATCH_BYTES, side="right")) - 1
+        last = max(first + 1, fits)
+        yield first, last
+        first = last
+
+
+def tokens(model: Features, data: np.ndarray, offsets: np.ndarray) -> Tokens:
+    """The tokens of the documents data[offsets[i]:offsets[i + 1]]."""
+    start, end = int(offsets[0]), int(offsets[-1])
+    data, eight = _readable(data[start:end])
+    most = (end - start) // 2 + len(offsets)
+    hashes, starts, ends = np.empty(most, np.uint32), np.empty(most, np.uint64), np.empty(most, np.uint64)
+    bounds = _split(data, offsets - start, _SEPARATORS, hashes, starts, ends)
+    keys, ids = np.empty(bounds[-1], np.uint64), np.empty(bounds[-1], np.int32)
+    _keys(eight, hashes, starts, ends, model.slots, keys)
+    _identify(
+        data, eight, keys, hashes, starts, ends, ids, bounds,
+        model.slots, model.vocabulary, model.bounds, model.num_words,
+    )  # fmt: skip
+    kept = bounds[-1]
+    return Tokens(data, hashes[:kept], ids[:kept], starts[:kept].view(np.int64), ends[:kept].view(np.int64), bounds)
+
+
+def list_rows(
+    model: Features, found: Tokens, firsts: np.ndarray, lasts: np.ndarray, weights: np.ndarray | None = None
+) -> Rows:
+    """The rows of the lines of tokens firsts[i]:lasts[i], each with `</s>` behind it, in fastText's order.
+
+    A word of a model with subwords is its row and those of its subwords. With `weights` it is its own row alone, for
+    a table whose rows of words are sums already: row w then counts for weights[w] features.
+    """
+    count = len(found.ids) + len(firsts)
+    most = count * min(model.ngrams, count)
+    if model.maxn:
+        lengths = found.ends - found.starts + 2  # with < and >
+        pieces = min(model.maxn, int(lengths.max(initial=0))) - max(1, model.minn) + 1
+        most += int(lengths.sum()) * max(0, pieces)
+    rows, bounds = np.empty(most + 1, np.int32), np.empty(len(firsts) + 1, np.int64)
+    num_features = np.empty(len(firsts), np.int64)
+    _list_rows(
+        found.data, found.hashes, found.ids, found.starts, found.ends, firsts, lasts,
+        np.zeros(0, np.int32) if weights is None else weights, model.num_words, model.ngrams, model.bucket,
+        model.minn, model.maxn, model.pruned, model.eos_id, model.eos_hash, rows, bounds, num_features,
+    )  # fmt: skip
+    return Rows(rows, bounds, num_features)
+
+
+def zeros(rows: int, lanes: int) -> np.ndarray:
+    """float32[rows, lanes] from the start of a cache line, so that no row of 16 lanes lies on two."""
+    whole = np.zeros(rows * lanes + 16, np.float32)
+    first = -whole.ctypes.data % 64 // 4
+    return whole[first : first + rows * lanes].reshape(rows, lanes)
+
+
+def sum_rows(table_FL: np.ndarray, lines: Rows) -> np.ndarray:
+    """float64[lines, lanes]: the sum of each line's rows."""
+    total = np.empty((len(lines.num_features), table_FL.shape[1]))
+    _sum_rows(table_FL.ravel(), np.uint64(table_FL.shape[1]), lines.rows, lines.bounds, total.ravel())
+    return total
+
+
+def sum_subwords(model: Features, table_FL: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """float32[words, lanes], the sum of each word's rows (its own and its subwords'), and int32[words], how many."""
+    alone = model._replace(ngrams=1, eos_id=-1)
+    total, counts = np.empty((model.num_words, table_FL.shape[1]), np.float32), np.empty(model.num_words, np.int32)
+    for first in range(0, model.num_words, 4096):
+        part = np.arange(first, min(first + 4096, model.num_words))
+        nothing = np.zeros(len(part), np.uint32)
+        starts, ends = model.bounds[part], model.bounds[part + 1]
+        words = Tokens(model.vocabulary, nothing, part.astype(np.int32), starts, ends, part)
+        lines = list_rows(alone, words, part - first, part - first + 1)
+        total[part], counts[part] = sum_rows(table_FL, lines), lines.num_features
+    if model.eos_id >= 0:  # the one word without subwords
+        total[model.eos_id], counts[model.eos_id] = table_FL[model.eos_id], 1
+    return total, counts
+
+
+def sums_of_squares(lines: Rows) -> np.ndarray:
+    """float64[lines]: the sum over a line's features of the square of how often each occurs, or a little more
+    (features are counted by 12 bits of their numbers)."""
+    squares = np.empty(len(lines.num_features))
+    _sums_of_squares(lines.rows, lines.bounds, squares)
+    return squares
+
+
+def ngram_rows(model: Features, hashes: np.ndarray) -> Iterator[tuple[int, int, int]]:
+    """Of a line of tokens (`</s>` is behind them): first and end token of each word n-gram, and its row."""
+    signed = [int(value) - ((int(value) >> 31) << 32) for value in [*hashes, model.eos_hash]]
+    for first in range(len(signed)):
+        value = signed[first]
+        for last in range(first + 1, min(first + model.ngrams, len(signed))):
+            value = (value * int(_NGRAM_FACTOR) + signed[last]) % 2**64
+            row = value % model.bucket
+            left = int(model.pruned[row]) if len(model.pruned) else row
+            if left >= 0:
+                yield first, last + 1, model.num_words + left
+
+
+def _slots(vocabulary: np.ndarray, bounds: np.ndarray) -> np.ndarray:
+    """The dictionary as a table half full at most, without words that no text can have."""
+    count, (data, eight) = len(bounds) - 1, _readable(vocabulary)
+    slots = np.zeros(4 << max(4, (2 * count - 1).bit_length()), np.uint64)
+    hashes, possible, keys = np.empty(count, np.uint32), np.empty(count, np.bool_), np.empty(count, np.uint64)
+    _hash_words(data, bounds, _SEPARATORS, hashes, possible)
+    _keys(eight, hashes, bounds[:-1].astype(np.uint64), bounds[1:].astype(np.uint64), slots, keys)
+    _fill_slots(data, eight, bounds, keys, hashes, possible, slots)
+    return slots
+
+
+def _readable(data: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """`data`, of eight bytes at least, and a view in which item i is the eight bytes from i."""
+    if len(data) < 8:
+        data = np.concatenate([data, np.zeros(8 - len(data), np.uint8)])
+    data = np.ascontiguousarray(data)
+    return data, np.ndarray(len(data) - 7, "<u8", data.data, strides=(1,))
+
+
+@njit(cache=True, nogil=True)
+def _hash(word: np.ndarray) -> np.uint32:
+    value = _FNV_OFFSET
+    for byte in word:
+        value = _hashed(value, byte)
+    return value
+
+
+@njit(cache=True, nogil=True, inline="always")
+def _hashed(value: np.uint32, byte: np.uint8) -> np.uint32:
+    return np.uint32(np.uint32(value ^ np.uint32(np.int8(byte))) * _FNV_PRIME)
+
+
+@njit(cache=True, nogil=True)
+def _split(
+    data: np.ndarray, offsets: np.ndarray, separators: np.ndarray, hashes: np.ndarray, starts: np.ndarray,
+    ends: np.ndarray,
+) -> np.ndarray:  # fmt: skip
+    """Hash, first and end byte of every token; returns the bounds of each document's tokens. Unsigned numbers, since
+    numba tests signed indices for being negative, which takes half of the time here."""
+    bounds = np.empty(len(offsets), np.int64)
+    token = np.uint64(0)
+    for document in range(len(offsets) - 1):
+        bounds[document] = token
+        value, inside, length = _FNV_OFFSET, _NO, _NO
+        for at in range(np.uint64(offsets[document]), np.uint64(offsets[document + 1])):
+            byte = data[at]
+            separator = np.uint64(separators[byte])
+            hashes[token], starts[token], ends[token] = value, at - length, at
+            token += separator & inside
+            length = _NO if separator else length + _YES
+            value = np.uint32(np.uint32(value ^ np.uint32(np.int8(byte))) * _FNV_PRIME)
+            value = _FNV_OFFSET if separator else value
+            inside = separator ^ _YES
+        end = np.uint64(offsets[document + 1])
+        hashes[token], starts[token], ends[token] = value, end - length, end
+        token += inside
+    bounds[-1] = token
+    return bounds
+
+
+@njit(cache=True, nogil=True)
+def _keys(
+    eight: np.ndarray, hashes: np.ndarray, starts: np.ndarray, ends: np.ndarray, slots: np.ndarray, keys: np.ndarray
+) -> np.uint64:
+    """`_key` of each token, without branches, and a first look at where it would be in the table: loads that nothing
+    waits for, so that their cache misses overlap. What is returned keeps them alive."""
+    touched, mask, last_eight = np.uint64(0), np.uint64(len(slots) // 4 - 1), np.uint64(len(eight) - 1)
+    for token in range(np.uint64(len(keys))):
+        start, value = starts[token], np.uint64(hashes[token])
+        length = ends[token] - start
+        touched ^= slots[(value & mask) << _TWO]
+        at = min(start, last_eight)
+        short = (eight[at] >> (_BYTE * (start - at))) & (_ALL_BITS >> ((_EIGHT_BYTES - _BYTE * length) & _SHIFTS))
+        long = _LONG | ((length & _LENGTHS) << np.uint64(32)) | value
+        keys[token] = long if length > _BYTE else short
+    return touched
+
+
+@njit(cache=True, nogil=True)
+def _identify(
+    data: np.ndarray, eight: np.ndarray, keys: np.ndarray, hashes: np.ndarray, starts: np.ndarray, ends: np.ndarray,
+    ids: np.ndarray, bounds: np.ndarray, slots: np.ndarray, vocabulary: np.ndarray, word_bounds: np.ndarray,
+    num_words: int,
+) -> None:  # fmt: skip
+    """The word of each token; drops labels and what follows `</s>` from all arrays, `bounds` too."""
+    mask = np.uint64(len(slots) // 4 - 1)
+    kept = np.uint64(0)
+    end = np.uint64(bounds[0])
+    for document in range(len(bounds) - 1):
+        first, end = end, np.uint64(bounds[document + 1])
+        bounds[document] = kept
+        for token in range(first, end):
+            key, value, start, stop = keys[token], hashes[token], starts[token], ends[token]
+            if key == _EOS_KEY:
+                break
+            slot = np.uint64(value) & mask
+            while slots[slot << _TWO] != key and slots[(slot << _TWO) + _ONE]:
+                slot = (slot + _YES) & mask
+            word = np.int64(slots[(slot << _TWO) + _ONE]) - 1
+            is_label = word >= num_words
+            length = stop - start
+            if length > _BYTE:
+                if word >= 0 and (
+                    slots[(slot << _TWO) + _TWO] != eight[start]
+                    or slots[(slot << _TWO) + _THREE] != eight[stop - _BYTE]
+                    or (length > _SIXTEEN and not _same(data, start, length, vocabulary, word_bounds, word))
+                ):  # another word of this hash and length
+                    slot = _slot(data, start, length, value, key, slots, vocabulary, word_bounds)
+                    word = np.int64(slots[(slot << _TWO) + _ONE]) - 1
+                    is_label = word >= num_words
+                is_label |= word < 0 and _is_label(data, start)
+            hashes[kept], starts[kept], ends[kept], ids[kept] = value, start, stop, word
+            kept += np.uint64(not is_label)
+    bounds[-1] = kept
+
+
+@njit(cache=True, nogil=True)
+def _is_label(data: np.ndarray, start: np.uint64) -> bool:
+    for i in range(np.uint64(len(_LABEL))):  # noqa: SIM110 - compiled
+        if data[start + i] != _LABEL[i]:
+            return False
+    return True
+
+
+@njit(cache=True, nogil=True)
+def _slot(
+    data: np.ndarray, start: np.uint64, length: np.uint64, value: np.uint32, key: np.uint64,
+    slots: np.ndarray, vocabulary: np.ndarray, word_bounds: np.ndarray,
+) -> np.uint64:  # fmt: skip
+    """Where a word is in the table, or the empty place where it would be."""
+    mask = np.uint64(len(slots) // 4 - 1)
+    slot = np.uint64(value) & mask
+    while slots[(slot << _TWO) + _ONE] and (
+        slots[slot << _TWO] != key
+        or (
+            length > _BYTE
+            and not _same(data, start, length, vocabulary, word_bounds, np.int64(slots[(slot << _TWO) + _ONE]) - 1)
+        )
+    ):
+        slot = (slot + _YES) & mask
+    return slot
+
+
+@njit(cache=True, nogil=True)
+def _same(
+    data: np.ndarray, start: np.uint64, length: np.uint64, vocabulary: np.ndarray, bounds: np.ndarray, word: int
+) -> bool:
+    first = np.uint64(bounds[word])
+    if np.uint64(bounds[word + 1]) - first != length:
+        return False
+    for i in range(length):  # noqa: SIM110 - compiled
+        if data[start + i] != vocabulary[first + i]:
+            return False
+    return True
+
+
+@njit(cache=True, nogil=True)
+def _fill_slots(
+    vocabulary: np.ndarray, eight: np.ndarray, bounds: np.ndarray, keys: np.ndarray, hashes: np.ndarray,
+    possible: np.ndarray, slots: np.ndarray,
+) -> None:  # fmt: skip
+    """Each word's key, its number + 1, and of a word over eight bytes the first eight and the last eight, so that
+    only those over sixteen are compared elsewhere. Of equal words the last stands, as in fastText."""
+    for word in range(len(keys)):
+        if possible[word]:
+            start, length = np.uint64(bounds[word]), np.uint64(bounds[word + 1] - bounds[word])
+            slot = _slot(vocabulary, start, length, hashes[word], keys[word], slots, vocabulary, bounds)
+            slots[slot << _TWO], slots[(slot << _TWO) + _ONE] = keys[word], np.uint64(word + 1)
+            if length > _BYTE:
+                slots[(slot << _TWO) + _TWO] = eight[start]
+                slots[(slot << _TWO) + _THREE] = eight[start + length - _BYTE]
+
+
+@njit(cache=True, nogil=True)
+def _hash_words(
+    vocabulary: np.ndarray, bounds: np.ndarray, separators: np.ndarray, hashes: np.ndarray, possible: np.ndarray
+) -> None:
+    """Hash of each word of the dictionary, and whether a text can have it: not if it is empty or has a separator."""
+    for word in range(len(hashes)):
+        value = _FNV_OFFSET
+        possible[word] = bounds[word] < bounds[word + 1]
+        for at in range(bounds[word], bounds[word + 1]):
+            value = _hashed(value, vocabulary[at])
+            possible[word] &= not separators[vocabulary[at]]
+        hashes[word] = value
+
+
+@njit(cache=True, nogil=True, inline="always")
+def _signed(value: np.uint32) -> np.uint64:
+    return np.uint64(np.int64(np.int32(value)))
+
+
+@njit(cache=True, nogil=True)
+def _list_rows(
+    data: np.ndarray, hashes: np.ndarray, ids: np.ndarray, starts: np.ndarray, ends: np.ndarray,
+    firsts: np.ndarray, lasts: np.ndarray, weights: np.ndarray, num_words: int, ngrams: int, bucket: int,
+    minn: int, maxn: int, pruned: np.ndarray, eos_id: int, eos_hash: np.uint32,
+    rows: np.ndarray, bounds: np.ndarray, num_features: np.ndarray,
+) -> None:  # fmt: skip
+    row = 0
+    buckets, is_pruned = np.uint64(bucket), len(pruned) > 0
+    for line in range(len(firsts)):
+        bounds[line] = row
+        first, last = firsts[line], lasts[line]
+        summed = 0  # features that a row stands for beside itself
+        for at in range(first, last):
+            rows[row] = ids[at]
+            row += ids[at] >= 0
+            if maxn > 0:
+                if ids[at] >= 0 and len(weights):
+                    summed += weights[ids[at]] - 1
+                else:
+                    row = _list_subwords(data, starts[at], ends[at], minn, maxn, bucket, pruned, num_words, rows, row)
+        rows[row] = eos_id
+        row += eos_id >= 0
+        for at in range(first, last if ngrams > 1 else first):
+            value = _signed(hashes[at])
+            for ahead in range(at + 1, min(at + ngrams, last + 1)):
+                value = value * _NGRAM_FACTOR + _signed(hashes[ahead] if ahead < last else eos_hash)
+                left = np.int64(value % buckets)
+                left = pruned[left] if is_pruned else left
+                rows[row] = num_words + left
+                row += int(left >= 0)
+        num_features[line] = row - bounds[line] + summed
+    bounds[-1] = row
+
+
+@njit(cache=True, nogil=True)
+def _list_subwords(
+    data: np.ndarray, start: int, end: int, minn: int, maxn: int, bucket: int, pruned: np.ndarray, num_words: int,
+    rows: np.ndarray, row: int,
+) -> int:  # fmt: skip
+    """The buckets of the pieces of `<word>` of minn to maxn characters, but for `<` and `>` alone."""
+    for first in range(start - 1, end + 1):  # start - 1 is `<`, end is `>`
+        if start <= first < end and data[first] & 0xC0 == 0x80:
+            continue
+        value = _FNV_OFFSET
+        at, characters = first, 0
+        while at <= end and characters < maxn:
+            value = _hashed(value, np.uint8(60) if at < start else np.uint8(62) if at == end else data[at])
+            at += 1
+            while start <= at < end and data[at] & 0xC0 == 0x80:
+                value = _hashed(value, data[at])
+                at += 1
+            characters += 1
+            if characters >= minn and not (characters == 1 and (first < start or at > end)):
+                left = np.int64(value % np.uint32(bucket))
+                left = pruned[left] if len(pruned) else left
+                rows[row] = num_words + left
+                row += int(left >= 0)
+    return row
+
+
+@njit(cache=True, nogil=True)
+def _sum_rows(
+    table: np.ndarray, lanes: np.uint64, rows: np.ndarray, bounds: np.ndarray, total: np.ndarray
+) -> np.float32:
+    """`table` and `total` as flat arrays: a view of a row would cost atomic reference counts. Rows are loaded once
+    before they are added, in a loop of nothing else, whose cache misses overlap; what it returns keeps it alive."""
+    touched, ahead = np.float32(0), _NO
+    end, step = np.uint64(bounds[-1]), np.uint64(_AHEAD)
+    for line in range(np.uint64(len(bounds) - 1)):
+        sums = line * lanes
+        for lane in range(lanes):
+            total[sums + lane] = 0.0
+        start, stop = np.uint64(bounds[line]), np.uint64(bounds[line + _YES])
+        for first in range(start, stop, step):
+            last = min(first + step, stop)
+            if ahead < last:
+                begin, ahead = (ahead if ahead > first else first), (last + step if last + step < end else end)
+                for at in range(begin, ahead):
+                    touched += table[lanes * np.uint64(np.uint32(rows[at]))]
+            fours = first + ((last - first) & _FOURS)
+            for at in range(first, fours, _FOUR):
+                a, b = lanes * np.uint64(rows[at]), lanes * np.uint64(rows[at + _ONE])
+                c, d = lanes * np.uint64(rows[at + _TWO]), lanes * np.uint64(rows[at + _THREE])
+                for lane in range(lanes):
+                    total[sums + lane] += (np.float64(table[a + lane]) + np.float64(table[b + lane])) + (
+                        np.float64(table[c + lane]) + np.float64(table[d + lane])
+                    )
+            for at in range(fours, last):
+                a = lanes * np.uint64(rows[at])
+                for lane in range(lanes):
+                    total[sums + lane] += table[a + lane]
+    return touched
+
+
+@njit(cache=True, nogil=True)
+def _sums_of_squares(rows: np.ndarray, bounds: np.ndarray, squares: np.ndarray) -> None:
+    counts = np.zeros(4096, np.int64)
+    for line in range(len(squares)):
+        total = 0
+        for at in range(bounds[line], bounds[line + 1]):
+            slot = rows[at] & 4095
+            total += 2 * counts[slot] + 1
+            counts[slot] += 1
+        for at in range(bounds[line], bounds[line + 1]):
+            counts[rows[at] & 4095] = 0
+        squares[line] = total
