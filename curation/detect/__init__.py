@@ -11,7 +11,7 @@ metrics.py     precision, recall, calibration, intervals
 stage.py       label_table: what the pipeline calls
 """
 
-STAGE_VERSION = 1
+STAGE_VERSION = 2
 
 from curation.detect.folded import FoldedFastText  # noqa: E402
 from curation.detect.stage import label_table, section_fingerprint  # noqa: E402

@@ -1,7 +1,7 @@
 """Text to the rows of a fastText model's input matrix, as fastText does it, and sums over those rows.
 
-1. `_split`: bytes to tokens at fastText's separators, with their FNV-1a hashes (bytes sign-extended), in a loop whose
-   only branch is its end: a hash is stored at every byte and kept where a token ends.
+1. `_split`, `_hash_tokens`: bytes to tokens at fastText's separators, 64 bytes at a time, and their FNV-1a hashes
+   (bytes sign-extended), many tokens at a time.
 2. `_keys`, `_identify`: the word of each token, by its first eight bytes in one 64-bit key; labels are dropped, and
    `</s>` ends the document. Words that aren't in the dictionary stay, since n-grams are made of their hashes.
 3. `_list_rows`: the row numbers of each line (a range of tokens, then `</s>`): words, or their subwords, then the
@@ -15,12 +15,19 @@ as numba counts references with atomic operations (a view a row and a call a tok
 """
 
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
+from llvmlite import ir
 from numba import njit
+from numba.core import types
+from numba.extending import intrinsic
+
+from curation import blocks
+from curation.blocks import trailing_zeros
 
 BATCH_BYTES = 1 << 18
+LANES = 16  # tokens that are hashed together
 _AHEAD = 512  # items whose cache lines are asked for at once
 _FNV_OFFSET, _FNV_PRIME = np.uint32(2166136261), np.uint32(16777619)
 _NGRAM_FACTOR = np.uint64(116049371)
@@ -32,7 +39,7 @@ _LONG = np.uint64(32 << 56)  # keys of words over eight bytes have a space where
 _NO, _YES, _ONE, _TWO, _THREE, _FOUR = (np.uint64(n) for n in (0, 1, 1, 2, 3, 4))
 _FOURS = np.uint64(2**64 - 4)
 _BYTE, _SIXTEEN, _SHIFTS, _EIGHT_BYTES = (np.uint64(n) for n in (8, 16, 63, 64))
-_ALL_BITS, _LENGTHS = np.uint64(2**64 - 1), np.uint64(2**24 - 1)
+_ALL_BITS, _LENGTHS = (np.uint64(2**n - 1) for n in (64, 24))
 
 
 class Features(NamedTuple):
@@ -40,7 +47,8 @@ class Features(NamedTuple):
 
     vocabulary: np.ndarray  # uint8: the bytes of the words and labels, joined
     bounds: np.ndarray  # int64[num_words + num_labels + 1]
-    slots: np.ndarray  # uint64[4 * a power of two]: open addressing by hash (see `_fill_slots`)
+    slots: np.ndarray  # uint64[2 * a power of two]: open addressing by hash, key and number of the word + 1
+    sides: np.ndarray  # uint64[2 * (num_words + num_labels)]: the first and last eight bytes of words over eight
     num_words: int
     ngrams: int
     bucket: int
@@ -75,12 +83,12 @@ def features(
     pruned: np.ndarray | None,
 ) -> Features:  # fmt: skip
     """The dictionary, ready for look-ups."""
-    slots = _slots(vocabulary, bounds)
+    slots, sides = _slots(vocabulary, bounds), _sides(vocabulary, bounds)
     eos, length = np.frombuffer(_EOS, np.uint8), np.uint64(len(_EOS))
     eos_hash = _hash(eos)
-    eos_id = int(slots[4 * int(_slot(eos, _NO, length, eos_hash, _EOS_KEY, slots, vocabulary, bounds)) + 1]) - 1
+    eos_id = int(slots[2 * int(_slot(eos, _NO, length, eos_hash, _EOS_KEY, slots, vocabulary, bounds)) + 1]) - 1
     return Features(
-        vocabulary, bounds, slots, num_words, ngrams, max(1, bucket), minn, maxn,
+        vocabulary, bounds, slots, sides, num_words, ngrams, max(1, bucket), minn, maxn,
         np.zeros(0, np.int32) if pruned is None else pruned, eos_id if eos_id < num_words else -1, eos_hash,
     )  # fmt: skip
 
@@ -99,14 +107,16 @@ def tokens(model: Features, data: np.ndarray, offsets: np.ndarray) -> Tokens:
     """The tokens of the documents data[offsets[i]:offsets[i + 1]]."""
     start, end = int(offsets[0]), int(offsets[-1])
     data, eight = _readable(data[start:end])
-    most = (end - start) // 2 + len(offsets)
+    most = (end - start) // 2 + len(offsets) + LANES
     hashes, starts, ends = np.empty(most, np.uint32), np.empty(most, np.uint64), np.empty(most, np.uint64)
-    bounds = _split(data, offsets - start, _SEPARATORS, hashes, starts, ends)
-    keys, ids = np.empty(bounds[-1], np.uint64), np.empty(bounds[-1], np.int32)
-    _keys(eight, hashes, starts, ends, model.slots, keys)
+    bounds = _split(data, offsets - start, _SEPARATORS, starts, ends)
+    count = int(bounds[-1])
+    keys, ids = np.empty(count + LANES, np.uint64), np.empty(count, np.int32)
+    _hash_tokens(data, eight, starts, ends, keys, hashes, count)
+    _keys(hashes, starts, ends, keys, count)
     _identify(
         data, eight, keys, hashes, starts, ends, ids, bounds,
-        model.slots, model.vocabulary, model.bounds, model.num_words,
+        model.slots, model.sides, model.vocabulary, model.bounds, model.num_words,
     )  # fmt: skip
     kept = bounds[-1]
     return Tokens(data, hashes[:kept], ids[:kept], starts[:kept].view(np.int64), ends[:kept].view(np.int64), bounds)
@@ -190,12 +200,23 @@ def ngram_rows(model: Features, hashes: np.ndarray) -> Iterator[tuple[int, int, 
 def _slots(vocabulary: np.ndarray, bounds: np.ndarray) -> np.ndarray:
     """The dictionary as a table half full at most, without words that no text can have."""
     count, (data, eight) = len(bounds) - 1, _readable(vocabulary)
-    slots = np.zeros(4 << max(4, (2 * count - 1).bit_length()), np.uint64)
-    hashes, possible, keys = np.empty(count, np.uint32), np.empty(count, np.bool_), np.empty(count, np.uint64)
-    _hash_words(data, bounds, _SEPARATORS, hashes, possible)
-    _keys(eight, hashes, bounds[:-1].astype(np.uint64), bounds[1:].astype(np.uint64), slots, keys)
-    _fill_slots(data, eight, bounds, keys, hashes, possible, slots)
+    slots = np.zeros(2 << max(4, (2 * count - 1).bit_length()), np.uint64)
+    hashes, keys = np.empty(count + LANES, np.uint32), np.empty(count + LANES, np.uint64)
+    starts, ends = (np.pad(side, (0, LANES)).astype(np.uint64) for side in (bounds[:-1], bounds[1:]))
+    possible = np.empty(count, np.bool_)
+    _possible(data, bounds, _SEPARATORS, possible)
+    _hash_tokens(data, eight, starts, ends, keys, hashes, count)
+    _keys(hashes, starts, ends, keys, count)
+    _fill_slots(data, bounds, keys, hashes, possible, slots)
     return slots
+
+
+def _sides(vocabulary: np.ndarray, bounds: np.ndarray) -> np.ndarray:
+    _, eight = _readable(vocabulary)
+    found = np.zeros((len(bounds) - 1, 2), np.uint64)
+    long = np.flatnonzero(np.diff(bounds) > 8)
+    found[long] = np.column_stack([eight[bounds[long]], eight[bounds[long + 1] - 8]])
+    return found.ravel()
 
 
 def _readable(data: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -219,88 +240,161 @@ def _hashed(value: np.uint32, byte: np.uint8) -> np.uint32:
     return np.uint32(np.uint32(value ^ np.uint32(np.int8(byte))) * _FNV_PRIME)
 
 
+@intrinsic
+def _inside(typing: Any, data: Any, at: Any) -> Any:
+    """Bit i is set where data[at + i] is no separator."""
+
+    def build(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        block = blocks.load(context, builder, signature.args[0], args[0], args[1], blocks.BYTES)
+        white = builder.or_(blocks.among(builder, block, 9, 5), blocks.among(builder, block, 32, 1))
+        return blocks.mask(builder, builder.not_(builder.or_(white, blocks.among(builder, block, 0, 1))))
+
+    return types.uint64(data, types.int64), build
+
+
 @njit(cache=True, nogil=True)
 def _split(
-    data: np.ndarray, offsets: np.ndarray, separators: np.ndarray, hashes: np.ndarray, starts: np.ndarray,
-    ends: np.ndarray,
-) -> np.ndarray:  # fmt: skip
-    """Hash, first and end byte of every token; returns the bounds of each document's tokens. Unsigned numbers, since
-    numba tests signed indices for being negative, which takes half of the time here."""
+    data: np.ndarray, offsets: np.ndarray, separators: np.ndarray, starts: np.ndarray, ends: np.ndarray
+) -> np.ndarray:
+    """First and end byte of every token, where the mask of a block of 64 bytes changes; returns the bounds of each
+    document's tokens."""
     bounds = np.empty(len(offsets), np.int64)
-    token = np.uint64(0)
+    started, ended, last_block = 0, 0, len(data) - blocks.BLOCK
     for document in range(len(offsets) - 1):
-        bounds[document] = token
-        value, inside, length = _FNV_OFFSET, _NO, _NO
-        for at in range(np.uint64(offsets[document]), np.uint64(offsets[document + 1])):
-            byte = data[at]
-            separator = np.uint64(separators[byte])
-            hashes[token], starts[token], ends[token] = value, at - length, at
-            token += separator & inside
-            length = _NO if separator else length + _YES
-            value = np.uint32(np.uint32(value ^ np.uint32(np.int8(byte))) * _FNV_PRIME)
-            value = _FNV_OFFSET if separator else value
-            inside = separator ^ _YES
-        end = np.uint64(offsets[document + 1])
-        hashes[token], starts[token], ends[token] = value, end - length, end
-        token += inside
-    bounds[-1] = token
+        bounds[document] = started
+        before, stop = _NO, offsets[document + 1]
+        for at in range(offsets[document], stop, blocks.BLOCK):
+            inside = _NO
+            if at <= last_block:
+                inside = _inside(data, at)
+                if stop - at < blocks.BLOCK:
+                    inside &= (_YES << np.uint64(stop - at)) - _YES
+            else:
+                for i in range(stop - at):
+                    inside |= np.uint64(not separators[data[at + i]]) << np.uint64(i)
+            shifted = (inside << _YES) | before
+            begins, closes, before = inside & ~shifted, shifted & ~inside, inside >> _SHIFTS
+            while begins:
+                starts[started] = at + trailing_zeros(begins)
+                begins &= begins - _YES
+                started += 1
+            while closes:
+                ends[ended] = min(at + trailing_zeros(closes), stop)
+                closes &= closes - _YES
+                ended += 1
+        if ended < started:
+            ends[ended] = stop
+            ended += 1
+    bounds[-1] = started
     return bounds
 
 
+@intrinsic
+def _hash_lanes(typing: Any, keys: Any, more: Any, starts: Any, ends: Any, hashes: Any, token: Any) -> Any:
+    """FNV-1a of up to sixteen bytes of LANES tokens from `token` on: the hash of one is a chain of multiplications,
+    those of several are not."""
+
+    def build(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        longs, ints = ir.VectorType(blocks.I64, LANES), ir.VectorType(blocks.I32, LANES)
+
+        def lanes(array: int) -> Any:
+            return blocks.load(context, builder, signature.args[array], args[array], args[5], longs)
+
+        def int_of(value: Any, shift: int) -> Any:
+            return builder.trunc(builder.lshr(value, blocks.filled(longs, shift)), ints)
+
+        length = builder.trunc(builder.sub(lanes(3), lanes(2)), ints)
+        value = blocks.filled(ints, int(_FNV_OFFSET))
+        for array, first in ((0, 0), (1, 8)):
+            eight = lanes(array)
+            for i in range(8):
+                byte = builder.shl(int_of(eight, 32 * (i // 4)), blocks.filled(ints, 24 - 8 * (i % 4)))
+                byte = builder.ashr(byte, blocks.filled(ints, 24))  # sign-extended
+                longer = builder.mul(builder.xor(value, byte), blocks.filled(ints, int(_FNV_PRIME)))
+                inside = builder.icmp_unsigned(">", length, blocks.filled(ints, first + i))
+                value = builder.select(inside, longer, value)
+        blocks.store(context, builder, signature.args[4], args[4], args[5], value)
+        return context.get_dummy_value()
+
+    return types.void(keys, more, starts, ends, hashes, types.uint64), build
+
+
 @njit(cache=True, nogil=True)
-def _keys(
-    eight: np.ndarray, hashes: np.ndarray, starts: np.ndarray, ends: np.ndarray, slots: np.ndarray, keys: np.ndarray
-) -> np.uint64:
-    """`_key` of each token, without branches, and a first look at where it would be in the table: loads that nothing
-    waits for, so that their cache misses overlap. What is returned keeps them alive."""
-    touched, mask, last_eight = np.uint64(0), np.uint64(len(slots) // 4 - 1), np.uint64(len(eight) - 1)
-    for token in range(np.uint64(len(keys))):
-        start, value = starts[token], np.uint64(hashes[token])
-        length = ends[token] - start
-        touched ^= slots[(value & mask) << _TWO]
-        at = min(start, last_eight)
-        short = (eight[at] >> (_BYTE * (start - at))) & (_ALL_BITS >> ((_EIGHT_BYTES - _BYTE * length) & _SHIFTS))
+def _hash_tokens(
+    data: np.ndarray, eight: np.ndarray, starts: np.ndarray, ends: np.ndarray, keys: np.ndarray, hashes: np.ndarray,
+    count: int,
+) -> None:  # fmt: skip
+    """FNV-1a of each of `count` tokens, and its first eight bytes as its key; all arrays have room for LANES more."""
+    more, last_eight = np.empty(len(keys), np.uint64), np.uint64(len(eight) - 1)
+    for token in range(np.uint64(count)):
+        start = starts[token]
+        at, length = min(start, last_eight), ends[token] - start
+        rest = (_EIGHT_BYTES - _BYTE * length) & _SHIFTS if length < _BYTE else _NO
+        keys[token] = (eight[at] >> (_BYTE * (start - at))) & (_ALL_BITS >> rest)
+        next_at = min(start + _BYTE, last_eight)
+        more[token] = eight[next_at] >> min(_BYTE * (start + _BYTE - next_at), _SHIFTS)
+    for token in range(np.uint64(0), np.uint64(count), np.uint64(LANES)):
+        _hash_lanes(keys, more, starts, ends, hashes, token)
+    for token in range(np.uint64(count)):
+        start, end = starts[token], ends[token]
+        if end - start > _SIXTEEN:
+            value = hashes[token]
+            for at in range(start + _SIXTEEN, end):
+                value = _hashed(value, data[at])
+            hashes[token] = value
+
+
+@njit(cache=True, nogil=True)
+def _keys(hashes: np.ndarray, starts: np.ndarray, ends: np.ndarray, keys: np.ndarray, count: int) -> None:
+    """Make `keys` of first bytes those of whole tokens: of long ones, hash and length."""
+    for token in range(np.uint64(count)):
+        value, length = np.uint64(hashes[token]), ends[token] - starts[token]
         long = _LONG | ((length & _LENGTHS) << np.uint64(32)) | value
-        keys[token] = long if length > _BYTE else short
-    return touched
+        keys[token] = long if length > _BYTE else keys[token]
 
 
 @njit(cache=True, nogil=True)
 def _identify(
     data: np.ndarray, eight: np.ndarray, keys: np.ndarray, hashes: np.ndarray, starts: np.ndarray, ends: np.ndarray,
-    ids: np.ndarray, bounds: np.ndarray, slots: np.ndarray, vocabulary: np.ndarray, word_bounds: np.ndarray,
-    num_words: int,
-) -> None:  # fmt: skip
-    """The word of each token; drops labels and what follows `</s>` from all arrays, `bounds` too."""
-    mask = np.uint64(len(slots) // 4 - 1)
-    kept = np.uint64(0)
+    ids: np.ndarray, bounds: np.ndarray, slots: np.ndarray, sides: np.ndarray, vocabulary: np.ndarray,
+    word_bounds: np.ndarray, num_words: int,
+) -> np.uint64:  # fmt: skip
+    """The word of each token; drops labels and what follows `</s>` from all arrays, `bounds` too. What it returns
+    keeps the loads that go ahead alive."""
+    mask, touched = np.uint64(len(slots) // 2 - 1), np.uint64(0)
+    kept, ahead, all_tokens = np.uint64(0), np.uint64(0), np.uint64(bounds[-1])
     end = np.uint64(bounds[0])
     for document in range(len(bounds) - 1):
         first, end = end, np.uint64(bounds[document + 1])
         bounds[document] = kept
         for token in range(first, end):
+            if token >= ahead:
+                ahead = min(token + np.uint64(_AHEAD), all_tokens)
+                for at in range(token, ahead):
+                    touched ^= slots[(np.uint64(hashes[at]) & mask) << _YES]
             key, value, start, stop = keys[token], hashes[token], starts[token], ends[token]
             if key == _EOS_KEY:
                 break
             slot = np.uint64(value) & mask
-            while slots[slot << _TWO] != key and slots[(slot << _TWO) + _ONE]:
+            while slots[slot << _YES] != key and slots[(slot << _YES) + _YES]:
                 slot = (slot + _YES) & mask
-            word = np.int64(slots[(slot << _TWO) + _ONE]) - 1
+            word = np.int64(slots[(slot << _YES) + _YES]) - 1
             is_label = word >= num_words
             length = stop - start
             if length > _BYTE:
                 if word >= 0 and (
-                    slots[(slot << _TWO) + _TWO] != eight[start]
-                    or slots[(slot << _TWO) + _THREE] != eight[stop - _BYTE]
+                    sides[word << 1] != eight[start]
+                    or sides[(word << 1) + 1] != eight[stop - _BYTE]
                     or (length > _SIXTEEN and not _same(data, start, length, vocabulary, word_bounds, word))
                 ):  # another word of this hash and length
                     slot = _slot(data, start, length, value, key, slots, vocabulary, word_bounds)
-                    word = np.int64(slots[(slot << _TWO) + _ONE]) - 1
+                    word = np.int64(slots[(slot << _YES) + _YES]) - 1
                     is_label = word >= num_words
                 is_label |= word < 0 and _is_label(data, start)
             hashes[kept], starts[kept], ends[kept], ids[kept] = value, start, stop, word
             kept += np.uint64(not is_label)
     bounds[-1] = kept
+    return touched
 
 
 @njit(cache=True, nogil=True)
@@ -317,13 +411,13 @@ def _slot(
     slots: np.ndarray, vocabulary: np.ndarray, word_bounds: np.ndarray,
 ) -> np.uint64:  # fmt: skip
     """Where a word is in the table, or the empty place where it would be."""
-    mask = np.uint64(len(slots) // 4 - 1)
+    mask = np.uint64(len(slots) // 2 - 1)
     slot = np.uint64(value) & mask
-    while slots[(slot << _TWO) + _ONE] and (
-        slots[slot << _TWO] != key
+    while slots[(slot << _YES) + _YES] and (
+        slots[slot << _YES] != key
         or (
             length > _BYTE
-            and not _same(data, start, length, vocabulary, word_bounds, np.int64(slots[(slot << _TWO) + _ONE]) - 1)
+            and not _same(data, start, length, vocabulary, word_bounds, np.int64(slots[(slot << _YES) + _YES]) - 1)
         )
     ):
         slot = (slot + _YES) & mask
@@ -345,33 +439,24 @@ def _same(
 
 @njit(cache=True, nogil=True)
 def _fill_slots(
-    vocabulary: np.ndarray, eight: np.ndarray, bounds: np.ndarray, keys: np.ndarray, hashes: np.ndarray,
-    possible: np.ndarray, slots: np.ndarray,
+    vocabulary: np.ndarray, bounds: np.ndarray, keys: np.ndarray, hashes: np.ndarray, possible: np.ndarray,
+    slots: np.ndarray,
 ) -> None:  # fmt: skip
-    """Each word's key, its number + 1, and of a word over eight bytes the first eight and the last eight, so that
-    only those over sixteen are compared elsewhere. Of equal words the last stands, as in fastText."""
-    for word in range(len(keys)):
+    """Of equal words the last stands, as in fastText."""
+    for word in range(len(possible)):
         if possible[word]:
             start, length = np.uint64(bounds[word]), np.uint64(bounds[word + 1] - bounds[word])
             slot = _slot(vocabulary, start, length, hashes[word], keys[word], slots, vocabulary, bounds)
-            slots[slot << _TWO], slots[(slot << _TWO) + _ONE] = keys[word], np.uint64(word + 1)
-            if length > _BYTE:
-                slots[(slot << _TWO) + _TWO] = eight[start]
-                slots[(slot << _TWO) + _THREE] = eight[start + length - _BYTE]
+            slots[slot << _YES], slots[(slot << _YES) + _YES] = keys[word], np.uint64(word + 1)
 
 
 @njit(cache=True, nogil=True)
-def _hash_words(
-    vocabulary: np.ndarray, bounds: np.ndarray, separators: np.ndarray, hashes: np.ndarray, possible: np.ndarray
-) -> None:
-    """Hash of each word of the dictionary, and whether a text can have it: not if it is empty or has a separator."""
-    for word in range(len(hashes)):
-        value = _FNV_OFFSET
+def _possible(vocabulary: np.ndarray, bounds: np.ndarray, separators: np.ndarray, possible: np.ndarray) -> None:
+    """Whether a text can have each word of the dictionary: not if it is empty or has a separator."""
+    for word in range(len(possible)):
         possible[word] = bounds[word] < bounds[word + 1]
         for at in range(bounds[word], bounds[word + 1]):
-            value = _hashed(value, vocabulary[at])
             possible[word] &= not separators[vocabulary[at]]
-        hashes[word] = value
 
 
 @njit(cache=True, nogil=True, inline="always")

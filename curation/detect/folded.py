@@ -50,22 +50,36 @@ class Span(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class Folded:
-    """`table_FL[f, c]` is what feature f adds to the summed logits of class c; lanes beyond the classes are 0."""
+    """`table_FL[f, c]` is what feature f adds to the summed logits of class c; lanes beyond the classes are 0.
+
+    A softmax sees differences only, so its last class is taken from the others and has no lane (`less_last`): half of
+    the memory for 5 classes, and memory is what the sums wait for.
+    """
 
     features: Features
     table_FL: np.ndarray  # float32[num_words + num_buckets, lanes]
     weights: np.ndarray | None  # int32[num_words]: with subwords, how many features the row of a word stands for
     num_classes: int
+    less_last: bool
+
+    def logits(self, sums_NL: np.ndarray) -> np.ndarray:
+        """float64[n, num_classes] of sums of rows of the table; `less_last`: but for a term that all classes share."""
+        own = sums_NL[:, : self.num_classes - self.less_last]
+        if not self.less_last:
+            return own
+        return np.column_stack([own, np.zeros(len(own))]) - own.sum(axis=1, keepdims=True) / self.num_classes
 
 
 def fold(model: ModelFile, labels: tuple[str, ...] | list[str]) -> Folded:
     """Class c of the result is `labels[c]`."""
     columns = model.output.rows(np.array([model.labels.index(label) for label in labels]))
     num_rows = model.input.shape[0]
-    table_FL = features.zeros(num_rows, _lanes(len(labels)))
+    less_last = model.loss == "softmax" and len(labels) > 1 and _sum_to_nothing(columns)
+    stored = columns[:-1] - columns[-1] if less_last else columns
+    table_FL = features.zeros(num_rows, _lanes(len(stored)))
     for first in range(0, num_rows, _FOLD_ROWS):
         part = np.arange(first, min(first + _FOLD_ROWS, num_rows))
-        table_FL[part, : len(labels)] = model.input.rows(part) @ columns.T
+        table_FL[part, : len(stored)] = model.input.rows(part) @ stored.T
     if not np.isfinite(table_FL).all():
         raise UserError(f"{model.name} holds numbers that are not finite: train it again with a lower learning rate")
     of_text = features.features(
@@ -75,7 +89,13 @@ def fold(model: ModelFile, labels: tuple[str, ...] | list[str]) -> Folded:
     weights = None
     if model.maxn:
         table_FL[: model.num_words], weights = features.sum_subwords(of_text, table_FL)
-    return Folded(of_text, table_FL, weights, len(labels))
+    return Folded(of_text, table_FL, weights, len(labels), less_last)
+
+
+def _sum_to_nothing(columns_CD: np.ndarray) -> bool:
+    """Whether the output rows sum to about 0, as they do in training: then logits less their mean are as good as
+    logits for estimating the rounding."""
+    return bool(np.abs(columns_CD.sum(axis=0, dtype=np.float64)).max() <= 0.01 * np.abs(columns_CD).max())
 
 
 def window_logits(
@@ -120,11 +140,13 @@ def evidence(
     at = np.arange(first, last)
     alone = model.features._replace(ngrams=1, eos_id=-1)
     tokens = features.list_rows(alone, found, at, at + 1, model.weights)
-    sums = features.sum_rows(model.table_FL, tokens)[:, : model.num_classes] @ direction_C
+    sums = model.logits(features.sum_rows(model.table_FL, tokens)) @ direction_C
     num_features = features.list_rows(model.features, found, *_one_line(first, last), model.weights).num_features[0]
     scored = [(starts[i], ends[i], sums[i]) for i in range(len(starts))]
     for i, j, row in features.ngram_rows(model.features, found.hashes[first:last]):
-        scored.append((starts[i], ends[min(j, len(ends)) - 1], model.table_FL[row, : model.num_classes] @ direction_C))
+        scored.append(
+            (starts[i], ends[min(j, len(ends)) - 1], (model.logits(model.table_FL[None, row]) @ direction_C)[0])
+        )
     spans = [Span(int(characters[a]), int(characters[b]), float(s) / int(num_features)) for a, b, s in scored if s > 0]
     return sorted(spans, key=lambda s: (-s.contribution, s.start, s.end))[:limit]
 
@@ -249,7 +271,7 @@ class FoldedFastText:
 
 
 def _sums(model: Folded, lines: Rows) -> tuple[np.ndarray, np.ndarray]:
-    return features.sum_rows(model.table_FL, lines)[:, : model.num_classes], lines.num_features
+    return model.logits(features.sum_rows(model.table_FL, lines)), lines.num_features
 
 
 def _one_line(first: int, last: int) -> tuple[np.ndarray, np.ndarray]:
@@ -258,7 +280,7 @@ def _one_line(first: int, last: int) -> tuple[np.ndarray, np.ndarray]:
 
 def _lanes(num_labels: int) -> int:
     """Floats in a row of the table: none lies on two cache lines where one would do."""
-    return max(8, 1 << (num_labels - 1).bit_length()) if num_labels <= 16 else -(-num_labels // 16) * 16
+    return 1 << (num_labels - 1).bit_length() if num_labels <= 16 else -(-num_labels // 16) * 16
 
 
 def _table_sigmoid(logits: np.ndarray) -> np.ndarray:

@@ -12,7 +12,6 @@ A document is worked on whole while it is in cache, in passes without a branch a
 Measured on one core on 139 MB of real text with the loops byte by byte that these passes replaced:
 2.3 times as fast; the permutations, bound by the multiplier, are now half of it.
 
-The blocks are LLVM's own vectors (`intrinsic`), which it lowers to whatever the processor has.
 Loads reach up to 64 bytes past a position: `text` is always that much longer than what it holds.
 """
 
@@ -24,6 +23,9 @@ import numpy.typing as npt
 from llvmlite import ir
 from numba.core import cgutils, types
 from numba.extending import intrinsic
+
+from curation import blocks
+from curation.blocks import trailing_zeros
 
 Uint8s = npt.NDArray[np.uint8]
 Uint32s = npt.NDArray[np.uint32]
@@ -37,27 +39,10 @@ EMPTY = np.uint32(0xFFFFFFFF)  # datasketch's value of a slot that has seen noth
 WORD, SHINGLE, MINHASH = (np.uint64(k) for k in (0x9E3779B97F4A7C15, 0xD6E8FEB86659FD93, 0xA0761D6478BD642F))
 
 _SPACE = 32
-_BLOCK = 64  # bytes, and shingles, that are worked on together
+_BLOCK = blocks.BLOCK  # bytes, and shingles, that are worked on together
 _STRETCH = 1 << 14  # bytes of a document whose words are found at a time: their edges stay in cache
 
-_BYTE, _I32, _I64 = ir.IntType(8), ir.IntType(32), ir.IntType(64)
-_BYTES, _LANES = ir.VectorType(_BYTE, _BLOCK), ir.VectorType(_I32, 16)
-
-
-def _all(kind: ir.VectorType, value: int) -> ir.Constant:
-    return ir.Constant(kind, [value] * kind.count)
-
-
-def _at(context: Any, builder: Any, array_type: Any, array: Any, index: Any, kind: ir.Type) -> Any:
-    """Pointer to `kind` at array[index]."""
-    data = context.make_array(array_type)(context, builder, array).data
-    return builder.bitcast(builder.gep(data, [index]), kind.as_pointer())
-
-
-def _load(context: Any, builder: Any, array_type: Any, array: Any, index: Any, kind: ir.Type) -> Any:
-    value = builder.load(_at(context, builder, array_type, array, index, kind))
-    value.align = 1
-    return value
+_LANES = ir.VectorType(blocks.I32, 16)
 
 
 @intrinsic
@@ -65,7 +50,7 @@ def _load8(typing: Any, data: Any, at: Any) -> Any:
     """data[at:at + 8] as a little-endian uint64."""
 
     def build(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        return _load(context, builder, signature.args[0], args[0], args[1], _I64)
+        return blocks.load(context, builder, signature.args[0], args[0], args[1], blocks.I64)
 
     return types.uint64(data, types.int64), build
 
@@ -75,8 +60,8 @@ def _copy_block(typing: Any, source: Any, at: Any, target: Any, to: Any) -> Any:
     """target[to:to + 64] = source[at:at + 64]."""
 
     def build(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        value = _load(context, builder, signature.args[0], args[0], args[1], _BYTES)
-        builder.store(value, _at(context, builder, signature.args[2], args[2], args[3], _BYTES)).align = 1
+        value = blocks.load(context, builder, signature.args[0], args[0], args[1], blocks.BYTES)
+        blocks.store(context, builder, signature.args[2], args[2], args[3], value)
         return context.get_dummy_value()
 
     return types.void(source, types.int64, target, types.int64), build
@@ -87,8 +72,8 @@ def _word_bytes(typing: Any, text: Any, at: Any) -> Any:
     """Bit i is set where text[at + i] is not a space."""
 
     def build(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        block = _load(context, builder, signature.args[0], args[0], args[1], _BYTES)
-        return builder.bitcast(builder.icmp_unsigned("!=", block, _all(_BYTES, _SPACE)), _I64)
+        block = blocks.load(context, builder, signature.args[0], args[0], args[1], blocks.BYTES)
+        return blocks.mask(builder, builder.icmp_unsigned("!=", block, blocks.filled(blocks.BYTES, _SPACE)))
 
     return types.uint64(text, types.int64), build
 
@@ -99,32 +84,19 @@ def _fold_block(typing: Any, data: Any, at: Any, text: Any, to: Any, symbols: An
     Bit i of the result is set where data[at + i] is not ASCII."""
 
     def build(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        block = _load(context, builder, signature.args[0], args[0], args[1], _BYTES)
+        block = blocks.load(context, builder, signature.args[0], args[0], args[1], blocks.BYTES)
 
-        def among(values: Any, first: int, count: int) -> Any:
-            return builder.icmp_unsigned("<", builder.sub(values, _all(_BYTES, first)), _all(_BYTES, count))
-
-        low = builder.or_(block, _all(_BYTES, 0x20))
-        letter = among(low, ord("a"), 26)
-        white = builder.or_(among(block, 9, 5), among(block, 28, 5))  # str.isspace
+        space = blocks.filled(blocks.BYTES, _SPACE)
+        low = builder.or_(block, blocks.filled(blocks.BYTES, 0x20))
+        letter, digit = blocks.among(builder, low, ord("a"), 26), blocks.among(builder, block, ord("0"), 10)
+        white = builder.or_(blocks.among(builder, block, 9, 5), blocks.among(builder, block, 28, 5))  # str.isspace
         lowered = builder.select(letter, low, block)
-        as_words = builder.select(builder.or_(letter, among(block, ord("0"), 10)), lowered, _all(_BYTES, _SPACE))
-        as_text = builder.select(white, _all(_BYTES, _SPACE), lowered)
-        folded = builder.select(args[4], as_text, as_words)
-        builder.store(folded, _at(context, builder, signature.args[2], args[2], args[3], _BYTES)).align = 1
-        return builder.bitcast(builder.icmp_signed("<", block, _all(_BYTES, 0)), _I64)
+        as_words = builder.select(builder.or_(letter, digit), lowered, space)
+        folded = builder.select(args[4], builder.select(white, space, lowered), as_words)
+        blocks.store(context, builder, signature.args[2], args[2], args[3], folded)
+        return blocks.mask(builder, builder.icmp_signed("<", block, blocks.filled(blocks.BYTES, 0)))
 
     return types.uint64(data, types.int64, text, types.int64, types.boolean), build
-
-
-@intrinsic
-def _trailing_zeros(typing: Any, mask: Any) -> Any:
-    """The index of the lowest bit of a uint64; 64 when there is none."""
-
-    def build(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        return builder.cttz(args[0], ir.Constant(ir.IntType(1), 0))
-
-    return types.int64(types.uint64), build
 
 
 @intrinsic
@@ -136,19 +108,19 @@ def _least(typing: Any, hashes: Any, count: Any, factor: Any, term: Any) -> Any:
         undefined = ir.Constant(_LANES, ir.Undefined)
 
         def splat(scalar: Any) -> Any:
-            first = builder.insert_element(undefined, scalar, ir.Constant(_I32, 0))
-            return builder.shuffle_vector(first, undefined, _all(_LANES, 0))
+            first = builder.insert_element(undefined, scalar, ir.Constant(blocks.I32, 0))
+            return builder.shuffle_vector(first, undefined, blocks.filled(_LANES, 0))
 
         def smaller(a: Any, b: Any) -> Any:
             return builder.select(builder.icmp_unsigned("<", a, b), a, b)
 
         factors, terms = splat(args[2]), splat(args[3])
-        minima = [cgutils.alloca_once_value(builder, _all(_LANES, 0xFFFFFFFF)) for _ in range(_BLOCK // 16)]
-        zero, step = ir.Constant(_I64, 0), ir.Constant(_I64, _BLOCK)
+        minima = [cgutils.alloca_once_value(builder, blocks.filled(_LANES, 0xFFFFFFFF)) for _ in range(_BLOCK // 16)]
+        zero, step = ir.Constant(blocks.I64, 0), ir.Constant(blocks.I64, _BLOCK)
         with cgutils.for_range_slice(builder, zero, args[1], step) as (k, _):
             for lane, minimum in enumerate(minima):
-                at = builder.add(k, ir.Constant(_I64, 16 * lane))
-                value = _load(context, builder, signature.args[0], args[0], at, _LANES)
+                at = builder.add(k, ir.Constant(blocks.I64, 16 * lane))
+                value = blocks.load(context, builder, signature.args[0], args[0], at, _LANES)
                 value = builder.add(builder.mul(value, factors), terms)
                 builder.store(smaller(value, builder.load(minimum)), minimum)
         least = builder.load(minima[0])
@@ -157,7 +129,7 @@ def _least(typing: Any, hashes: Any, count: Any, factor: Any, term: Any) -> Any:
         for distance in (8, 4, 2, 1):
             turned = ir.Constant(_LANES, [(lane + distance) % 16 for lane in range(16)])
             least = smaller(least, builder.shuffle_vector(least, undefined, turned))
-        return builder.extract_element(least, ir.Constant(_I32, 0))
+        return builder.extract_element(least, ir.Constant(blocks.I32, 0))
 
     return types.uint32(hashes, types.int64, types.uint32, types.uint32), build
 
@@ -218,7 +190,7 @@ def squeeze_documents(
             before = spaces >> np.uint64(63)
             kept = 0  # what stands before each surplus space goes to the end of `out`, with all that follows
             while surplus:
-                place = _trailing_zeros(surplus)
+                place = trailing_zeros(surplus)
                 _copy_block(text, at + kept, out, to)
                 to += place - kept
                 kept = place + 1
@@ -284,7 +256,7 @@ def _fold(data: Uint8s, lo: int, hi: int, table: tuple[Uint8s, Int32s, Int32s, U
     i, k, last_block = lo, 0, len(data) - _BLOCK
     while i < hi:
         if i <= last_block:
-            plain = min(_trailing_zeros(_fold_block(data, i, text, k, symbols)), hi - i)
+            plain = min(trailing_zeros(_fold_block(data, i, text, k, symbols)), hi - i)
             i += plain
             k += plain
         while i < hi and (data[i] >= 0x80 or i > last_block):
@@ -345,7 +317,7 @@ def _edges(text: Uint8s, lo: int, hi: int, edges: Int32s) -> int:
         changes = inside ^ ((inside << np.uint64(1)) | before)
         before = inside >> np.uint64(63)
         while changes:
-            edges[count] = at + _trailing_zeros(changes)
+            edges[count] = at + trailing_zeros(changes)
             changes &= changes - np.uint64(1)
             count += 1
     edges[count] = hi  # of a word that nothing follows
