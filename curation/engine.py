@@ -1,22 +1,23 @@
 """Ray: a session to work in, and a Mapper over Ray Data.
 
 A run is a few short Ray Data executions over items (splits, parts, partitions, shards); the
-data itself goes through files, so that every task can be repeated and no result passes through
-the object store but chunks of compressed inputs on their way from the one task that
-decompresses them. Warm, an execution costs 0.1 s and 20 ms of CPU for each of its tasks (two
-thirds of that in the driver), so items are sent in at most TASKS_PER_CPU tasks for each CPU; a
-local session takes 3-10 s to start.
+data itself goes through files, so that every task can be repeated and nothing passes through
+the object store but chunks of inputs that are so large that one task decompresses them for all.
+Warm, an execution costs 0.1 s and 20 ms of CPU for each of its tasks (two thirds of that in the
+driver), so items are sent in at most TASKS_PER_CPU tasks for each CPU; a local session takes
+3-10 s to start.
 """
 
 import contextlib
 import importlib
+import itertools
 import logging
 import os
 import pickle
 import time
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import Any
 
 from curation.errors import TilthError, UserError
@@ -30,7 +31,7 @@ _QUIET = {
     "RAY_DATA_DISABLE_PROGRESS_BARS": "1",
 }
 _OBJECT_STORE_BYTES = 1 << 30  # a local session holds a few chunks at a time
-TASKS_PER_CPU = 8  # of one execution: more balance better, fewer cost less
+TASKS_PER_CPU, PIECES_PER_CPU = 8, 64  # most of one execution: more balance better, fewer cost less
 
 
 @contextlib.contextmanager
@@ -116,6 +117,8 @@ class Engine:
                 "give --run a path that all nodes mount, or an object store"
             )
         logging.getLogger("ray.data").setLevel(logging.ERROR)
+        # Of one large item many pieces come, which Ray does not know before.
+        warnings.filterwarnings("ignore", message="The maximum number of concurrent tasks", category=UserWarning)
         context = ray.data.DataContext.get_current()
         context.enable_progress_bars = False
         context.print_on_execution_start = False
@@ -148,27 +151,40 @@ class Engine:
         self.start()
         blocks = _blocks(items, self._num_cpus() * TASKS_PER_CPU)
         dataset = _dataset(blocks).map_batches(_each, fn_kwargs={"function": function}, **self._options(1, len(blocks)))
-        yield from self._results(dataset, label, len(items))
+        yield from self._results([dataset], label, len(items))
 
     def fan_out(
         self,
         expand: Callable[[Item], Iterator[Any]],
         function: Callable[[Any], Result],
         items: Sequence[Item],
+        sizes: Sequence[int],
         label: str,
     ) -> Iterator[Result]:
-        """`function` on everything that `expand` yields for each item; expansions run beside the work on
-        what came out of them (they hold no CPU of the session's count: reading waits on decompression
-        and the network, and a task that held one would starve a one-worker session)."""
+        """`function` on everything that `expand` yields for each item. `sizes` say how much work is in each: one that
+        would leave other CPUs idle at the end is expanded by one task and worked on by all, through the object store
+        (an expansion holds no CPU of the session's count: reading waits on decompression and the network, and a task
+        that held one would starve a one-worker session); any other is all one task's, the largest first."""
         if not items:
             return
         self.start()
-        dataset = (
-            _dataset([[item] for item in items])
-            .map_batches(_expand, fn_kwargs={"function": expand}, **self._options(0, len(items)))
-            .map_batches(_each, fn_kwargs={"function": function}, **self._options(1))
-        )
-        yield from self._results(dataset, label, None)
+        cpus = self._num_cpus()
+        shared = [size > sum(sizes) / (2 * cpus) and cpus > 1 for size in sizes]
+        ordered = sorted(range(len(items)), key=lambda k: -sizes[k])
+        large = [items[k] for k in ordered if shared[k]]
+        small = [items[k] for k in ordered if not shared[k]]
+        datasets = []
+        if large:
+            chunks = _dataset([[item] for item in large]).map_batches(
+                _expand, fn_kwargs={"function": expand}, **self._options(0, len(large))
+            )
+            datasets.append(chunks.map_batches(_each, fn_kwargs={"function": function}, **self._options(1)))
+        if small:
+            blocks = _blocks(small, cpus * PIECES_PER_CPU)
+            kwargs = {"expand": expand, "function": function}
+            whole = _dataset(blocks).map_batches(_expand_each, fn_kwargs=kwargs, **self._options(1, len(blocks)))
+            datasets.append(whole)
+        yield from self._results(datasets, label, None)
 
     def graph(self, tasks: Mapping[str, Task]) -> Iterator[tuple[str, Any]]:
         """(name, result) of each task as it ends; a task starts when those before it have ended, and runs where its
@@ -225,10 +241,12 @@ class Engine:
             "compute": TaskPoolStrategy(min(most, num_blocks or most)),
         }
 
-    def _results(self, dataset: Any, label: str, total: int | None) -> Iterator[Any]:
+    def _results(self, datasets: Sequence[Any], label: str, total: int | None) -> Iterator[Any]:
+        """Of one execution after the other."""
         done = 0
         self.on_progress(label, done, total)
-        for batch in dataset.iter_batches(batch_size=None, batch_format="pyarrow"):
+        batches = (d.iter_batches(batch_size=None, batch_format="pyarrow") for d in datasets)
+        for batch in itertools.chain.from_iterable(batches):
             for packed in batch["item"]:
                 result = pickle.loads(packed.as_py())
                 if isinstance(result, _Failure):
@@ -239,10 +257,9 @@ class Engine:
 
 
 def _blocks(items: Sequence[Item], most: int) -> list[Sequence[Item]]:
-    """`items` in at most `most` runs whose lengths differ by one."""
+    """`items` dealt out to at most `most` blocks: where they are ordered by size, those of all blocks are alike."""
     count = min(most, len(items))
-    bounds = [len(items) * k // count for k in range(count + 1)]
-    return [items[a:b] for a, b in pairwise(bounds)]
+    return [items[k::count] for k in range(count)]
 
 
 def _dataset(blocks: Sequence[Sequence[Any]]) -> Any:
@@ -273,6 +290,18 @@ def _each(batch: Any, function: Callable[[Any], Any]) -> Any:
             continue
         try:
             results.append(function(item))
+        except TilthError as error:
+            results.append(_Failure(error))
+    return pa.table({"item": pa.array([_pack(r) for r in results], pa.large_binary())})
+
+
+def _expand_each(batch: Any, expand: Callable[[Any], Iterator[Any]], function: Callable[[Any], Any]) -> Any:
+    import pyarrow as pa
+
+    results: list[Any] = []
+    for packed in batch["item"]:
+        try:
+            results += [function(value) for value in expand(pickle.loads(packed.as_buffer()))]
         except TilthError as error:
             results.append(_Failure(error))
     return pa.table({"item": pa.array([_pack(r) for r in results], pa.large_binary())})

@@ -130,9 +130,8 @@ def _read_and_sign(run: _Run, splits: list[ingest.Split], detect_fingerprint: st
                 stale.append(reading)
             else:
                 names[reading.split.name] = done
-        # The largest first, so that no worker is left alone with one at the end.
-        stale.sort(key=lambda reading: reading.split.start - reading.split.end)
-        for worked in run.engine.fan_out(steps.read_split, steps.work_part, stale, "ingest, detect"):
+        sizes = [reading.split.end - reading.split.start for reading in stale]
+        for worked in run.engine.fan_out(steps.read_split, steps.work_part, stale, sizes, "ingest, detect"):
             names.setdefault(worked.split, []).append(worked.name)
             _account(run, worked)
         for reading in stale:
