@@ -35,8 +35,9 @@ check: $(STAMP)
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-cache
 
+# Peers in environments of their own under .bench, then every benchmark: benchmarks/RESULTS.md. About half an hour.
 bench: $(STAMP)
-	$(BIN)/python -m benchmarks.curate
+	$(BIN)/python -m benchmarks.bench $(ARGS)
 	$(BIN)/python -m benchmarks.detector
 
 # Continued pretraining of Gemma 3 270M in four arms: examples/gemma/README.md. About an hour on two cores.
