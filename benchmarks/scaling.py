@@ -4,8 +4,8 @@
 
 --megabytes is 10x. Start-up (64 documents) is taken off each time. *Memory for an edge*: dedup in one process over
 documents that all have a near-copy, --edges of them and four times as many; the growth of the process's peak over
-the documents more. What a task holds at a time is bounded (partitions, bins), so what grows with the documents is the
-driver's.
+the documents more. What a task holds at a time is bounded (partitions, bins; here of TASK_ROWS), so what grows with the
+documents is the driver's.
 """
 
 import argparse
@@ -21,6 +21,7 @@ from benchmarks.curate import ONE_ARM, curate, figures, plain_recipe, startup_of
 TIMES = (1, 3, 10)
 WORKERS = (1, 2)
 PART_DOCUMENTS = 50_000
+TASK_ROWS = 100_000  # of a dedup task, so that even the smaller corpus has tasks that are full
 
 
 def grow(megabytes: int) -> dict[str, dict[str, Any]]:
@@ -45,6 +46,7 @@ def dedup_alone(num_documents: int) -> int:
 
     from benchmarks.peer_tilth import SECTION, unknown_labels
     from curation import dedup
+    from curation.dedup.work import Sizes
     from curation.manifest import DETECT, DOCUMENTS, SIGNATURES, RunFolder
     from curation.schema import DOCUMENT
     from curation.stage import serial
@@ -70,7 +72,7 @@ def dedup_alone(num_documents: int) -> int:
             run.commit_table(f"{DETECT}/{name}.parquet", labels)
             run.commit_table(f"{SIGNATURES}/{name}.parquet", dedup.signature_table(documents, labels, SECTION))
             names.append(name)
-        dedup.cluster(run, names, SECTION, "bench", serial)
+        dedup.cluster(run, names, SECTION, "bench", serial, Sizes(rows=TASK_ROWS))
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 

@@ -270,10 +270,15 @@ def _fold(data: Uint8s, lo: int, hi: int, table: tuple[Uint8s, Int32s, Int32s, U
             if entry == ALONE:
                 text[k] = _SPACE
                 k += 1
-            first, end, source = (starts[entry], starts[entry + 1], blob) if entry >= 0 else (i, i + width, data)
-            for j in range(first, end):
-                text[k] = source[j]
-                k += 1
+            # Two loops: one over a chosen array would count references, with atomic operations, for each character.
+            if entry >= 0:
+                for j in range(starts[entry], starts[entry + 1]):
+                    text[k] = blob[j]
+                    k += 1
+            else:
+                for j in range(i, i + width):
+                    text[k] = data[j]
+                    k += 1
             if entry == ALONE:
                 text[k] = _SPACE
                 k += 1
