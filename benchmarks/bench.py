@@ -1,9 +1,10 @@
 """Runs the benchmarks and writes benchmarks/RESULTS.md: what `make bench` does.
 
-    python -m benchmarks.bench [NAME …]
+    python -m benchmarks.bench [NAME …] [--arguments "…"]
 
-Installs the peers, then runs what is named, or all. A run's JSON is kept as .bench/results/NAME.json, so that one
-benchmark can be repeated by name and the page still shows all. What the page says under KEPT is left as it is.
+Installs the peers, then runs what is named, or all; the arguments are handed on. A run's JSON is kept as
+.bench/results/NAME.json, so that one benchmark can be repeated by name and the page still shows all. What the page
+says under KEPT is left as it is.
 """
 
 import argparse
@@ -12,6 +13,7 @@ import importlib.metadata
 import json
 import os
 import platform
+import shlex
 import subprocess
 import sys
 import time
@@ -27,14 +29,20 @@ FOLDER = peers.ENVIRONMENTS / "results"
 OURS = ("tilth", "ray", "numpy", "numba", "polars", "pyarrow", "fastokens", "tokenizers", "fasttext-community")
 
 
-def measure(name: str) -> None:
+def measure(name: str, arguments: list[str]) -> None:
     """Run one benchmark and keep what it says; one that fails keeps its last error line."""
     peers.say(f"== {name}")
     started = time.time()
-    done = subprocess.run([sys.executable, "-m", f"benchmarks.{name}", "--json"], stdout=subprocess.PIPE, text=True)
+    command = [sys.executable, "-m", f"benchmarks.{name}", *arguments, "--json"]
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True)
     lines = done.stdout.strip().splitlines()
     found = {"failed": done.returncode} if done.returncode or not lines else json.loads(lines[-1])
-    kept = {**found, "date": f"{datetime.date.today()}", "took_seconds": round(time.time() - started)}
+    kept = {
+        **found,
+        "command": shlex.join(["python", *command[1:-1]]),
+        "date": f"{datetime.date.today()}",
+        "took_seconds": round(time.time() - started),
+    }
     FOLDER.mkdir(parents=True, exist_ok=True)
     (FOLDER / f"{name}.json").write_text(json.dumps(kept, indent=1))
 
@@ -66,20 +74,18 @@ def page(results: dict[str, dict[str, Any]], problems: dict[str, str]) -> str:
         lines += ["", "## Not run here", "", *table(("peer", "error"), [[k, f"`{v}`"] for k, v in missing.items()])]
     lines += ["", "## Machine and versions", "", machine(), "", *table(("environment", "versions"), versions())]
     for name, result in results.items():
-        shown = {k: v for k, v in result.items() if k not in ("claims", "unavailable", "ratio")}
-        lines += ["", f"## {name}", "", f"`python -m benchmarks.{name}`", "", *details(shown)]
+        shown = {k: v for k, v in result.items() if k not in ("claims", "unavailable", "ratio", "command")}
+        lines += ["", f"## {name}", "", f"`{result['command']}`", "", *details(shown)]
     return "\n".join(lines) + "\n"
 
 
 def claims(results: dict[str, dict[str, Any]]) -> list[list[str]]:
     rows = []
-    for name, result in results.items():
+    for result in results.values():
         for row in result.get("claims", ()):
             mark = "reached" if row["reached"] else "**not reached**"
             cells = [row["work"], row["ours"], row["peer"], row["ratio"], row["wanted"], mark]
-            rows.append([*map(str, cells), f"`python -m benchmarks.{name}`"])
-        if "claims" not in result and "ratio" in result:
-            rows.append([name, "", "", str(result["ratio"]), "", "", f"`python -m benchmarks.{name}`"])
+            rows.append([*map(str, cells), f"`{result['command']}`"])
     return rows
 
 
@@ -128,12 +134,14 @@ def versions() -> list[list[str]]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("names", nargs="*", metavar="NAME", help=", ".join(NAMES))
-    names = parser.parse_args().names or NAMES
+    parser.add_argument("--arguments", default="", help="for those that are named")
+    options = parser.parse_args()
+    names = options.names or NAMES
     if unknown := set(names).difference(NAMES):
         parser.error(f"{', '.join(sorted(unknown))}: known are {', '.join(NAMES)}")
     problems = install()
     for name in names:
-        measure(name)
+        measure(name, shlex.split(options.arguments))
     files = {name: FOLDER / f"{name}.json" for name in NAMES}
     results = {name: json.loads(file.read_text()) for name, file in files.items() if file.exists()}
     _, heading, kept = PAGE.read_text().partition(f"\n{KEPT}\n")

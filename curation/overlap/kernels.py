@@ -259,12 +259,23 @@ def _fold(data: Uint8s, lo: int, hi: int, table: tuple[Uint8s, Int32s, Int32s, U
             plain = min(trailing_zeros(_fold_block(data, i, text, k, symbols)), hi - i)
             i += plain
             k += plain
-        while i < hi and (data[i] >= 0x80 or i > last_block):
-            if data[i] < 0x80:
-                text[k] = ascii_map[data[i]]
+        # One by one up to the next ASCII that a block is worth: not a space between two words of another script.
+        while i < hi:
+            byte = data[i]
+            if byte < 0x80:
+                if i <= last_block and not (i + 1 < hi and data[i + 1] >= 0x80):
+                    break
+                text[k] = ascii_map[byte]
                 i += 1
                 k += 1
                 continue
+            if 0xC2 <= byte < 0xE0 and i + 1 < hi:
+                follower = data[i + 1]
+                if entry_of[((byte & 0x1F) << 6) | (follower & 0x3F)] == COPY:  # most letters of two bytes
+                    text[k], text[k + 1] = byte, follower
+                    i += 2
+                    k += 2
+                    continue
             point, width = _code_point(data, i, hi)
             entry = entry_of[point]
             if entry == ALONE:
