@@ -22,7 +22,7 @@ from curation import tokenise
 from curation.records import read_records
 
 SHARED = ROOT.parent / "shared"
-CORPUS = SHARED / "corpus"
+CORPUS = SHARED / "corpus" if (SHARED / "corpus").is_dir() else ROOT / "examples/corpus"  # ours is small
 PART_BYTES = 32 << 20  # of text, in a part of a grown corpus
 NEAR_COPIES = 20  # one document in so many is followed by one
 REPLACED, CHANGED = 5, 100  # one word in so many is another: in a copy of the corpus, in a near-copy
@@ -31,10 +31,8 @@ Rows = Iterable[dict[str, str]]
 
 
 def documents() -> Iterator[dict[str, str]]:
-    """`id` and `text` of every document of ../shared/corpus."""
-    if not CORPUS.is_dir():
-        sys.exit(f"no corpus at {CORPUS}: the benchmarks need a folder of .jsonl.zst files there")
-    for path in sorted(CORPUS.glob("*.jsonl.zst")):
+    """`id` and `text` of every document of CORPUS."""
+    for path in sorted(CORPUS.glob("*.jsonl*")):
         for _, record in read_records(str(path)):
             yield {"id": record["id"], "text": record["text"]}
 
@@ -56,7 +54,13 @@ def tokenizer() -> Path:
 
 
 def near_duplicates() -> tuple[list[dict[str, str]], list[dict[str, str]]]:
-    """Of ../shared/neardup: the documents, and the pairs that were read by hand: `a`, `b` and `label`."""
+    """Versions of documents one after the other, and pairs that were read by hand (`a`, `b`, `label`): of
+    ../shared/neardup, or else of documents of ours and copies with changed words, without pairs."""
+    if not (SHARED / "neardup").is_dir():
+        own = list(islice(documents(), 300))
+        replace = _Replacer(own)
+        texts = [text for row in own for text in (row["text"], replace(row["text"], row["id"], CHANGED))]
+        return [{"id": f"neardup:{k}", "text": text} for k, text in enumerate(texts)], []
     groups = [record for _, record in read_records(str(SHARED / "neardup/neardup_groups.jsonl.zst"))]
     rows = [{"id": f"neardup:{k}", "text": record["text"]} for k, record in enumerate(groups)]
     pairs = []

@@ -49,7 +49,7 @@ def main(source: str, out: str, workers: str) -> None:
         readings = [steps.Reading(run, split, chains, Detect(), SECTION) for split in splits]
         engine.start()
         laps = [time.time()]
-        names = list(engine.fan_out(steps.read_split, sign_part, readings, "sign"))
+        names = list(engine.fan_out(steps.read_split, sign_part, readings, [s.end - s.start for s in splits], "sign"))
         laps.append(time.time())
         dedup.cluster(run, names, SECTION, "bench", engine.map)
         laps.append(time.time())
