@@ -162,10 +162,10 @@ def print_summary(summary: dict[str, Any]) -> None:
     console.print(arms)
     console.print()
     duplicates = summary["duplicates"]
-    earlier = duplicates.get("earlier")
+    like_earlier = f"{duplicates['earlier']:,} like what an earlier run kept, " if duplicates.get("earlier") else ""
     console.print(
         f"{summary['documents_read']:,} documents read, {duplicates['exact']:,} exact and {duplicates['near']:,} near "
-        f"duplicates, {f'{earlier:,} like what an earlier run kept, ' if earlier else ''}{summary['kept']:,} kept, {summary['quarantined_total']:,} quarantined"
+        f"duplicates, {like_earlier}{summary['kept']:,} kept, {summary['quarantined_total']:,} quarantined"
         + (f" ({', '.join(f'{k} {n:,}' for k, n in summary['quarantined'].items())})" if summary["quarantined"] else "")
     )
     if labels := summary.get("labels"):
