@@ -44,6 +44,7 @@ class Here(Engine):
         expand: Callable[[Any], Iterator[Any]],
         function: Callable[[Any], Any],
         items: Sequence[Any],
+        sizes: Sequence[int],
         label: str,
     ) -> Iterator[Any]:
         for item in items:

@@ -5,15 +5,13 @@ read: a copy is known by its text's hash, a near-duplicate by the share of equal
 """
 
 from dataclasses import dataclass
-from typing import Any
 
-import orjson
 import pyarrow.parquet as pq
 
-from curation import schema, storage
+from curation import storage
 from curation.dedup.signatures import about
 from curation.errors import UserError
-from curation.manifest import SIGNATURES, RunFolder, fingerprint
+from curation.manifest import SIGNATURES, RunFolder, fingerprint, read_manifest
 from curation.recipe import Dedup
 
 
@@ -30,8 +28,7 @@ def open_earlier(root: str, section: Dedup) -> Earlier:
     """The run in the folder `root`. Raises UserError when there is none, when it did not finish, or when its
     signatures do not compare with those of `section`."""
     run = RunFolder(root)
-    manifest = _manifest(run)
-    stages = manifest["stages"]
+    stages = read_manifest(run)["stages"]
     parts = tuple(sorted(part["name"] for part in stages["signatures"]["parts"]))
     wanted = about(section)
     for name in parts[:1]:
@@ -45,18 +42,6 @@ def open_earlier(root: str, section: Dedup) -> Earlier:
             )
     files = [[part["files"] for part in stages[stage]["parts"]] for stage in ("ingest", "signatures", "dedup")]
     return Earlier(run, parts, fingerprint(files))
-
-
-def _manifest(run: RunFolder) -> dict[str, Any]:
-    try:
-        manifest: dict[str, Any] = orjson.loads(storage.read_bytes(run.path("manifest.json")))
-    except FileNotFoundError:
-        raise UserError(f"dedup.against: {run.root} is no finished run of `tilth curate`: no manifest.json") from None
-    except ValueError as error:
-        raise UserError(f"dedup.against: {run.path('manifest.json')} is not JSON ({error})") from None
-    if manifest.get("schema_version") != schema.SCHEMA_VERSION:
-        raise UserError(f"dedup.against: {run.root} was written by another version of Tilth: curate it again")
-    return manifest
 
 
 def _phrase(found: dict[str, str]) -> str:

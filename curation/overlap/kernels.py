@@ -85,7 +85,6 @@ def _fold_block(typing: Any, data: Any, at: Any, text: Any, to: Any, symbols: An
 
     def build(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         block = blocks.load(context, builder, signature.args[0], args[0], args[1], blocks.BYTES)
-
         space = blocks.filled(blocks.BYTES, _SPACE)
         low = builder.or_(block, blocks.filled(blocks.BYTES, 0x20))
         letter, digit = blocks.among(builder, low, ord("a"), 26), blocks.among(builder, block, ord("0"), 10)
