@@ -32,6 +32,8 @@ _QUIET = {
 }
 _OBJECT_STORE_BYTES = 1 << 30  # a local session holds a few chunks at a time
 TASKS_PER_CPU, PIECES_PER_CPU = 8, 64  # most of one execution: more balance better, fewer cost less
+_IMPORTS = ("ray.data", "curation.steps")  # what a worker of a local session needs at once
+_POLL_SECONDS = 0.02  # of Ray Data's loop in the driver, whose steps take 1 ms
 
 
 @contextlib.contextmanager
@@ -56,6 +58,11 @@ def _start(workers: int | None, address: str | None, local: bool) -> None:
         ray.init(address=address, **options)
     except ConnectionError as error:
         raise UserError(f"no Ray cluster answers at {address} ({' '.join(str(error).split())[:200]})") from None
+
+
+def _import(modules: Sequence[str]) -> None:
+    for module in modules:
+        importlib.import_module(module)
 
 
 class _Failure:
@@ -104,11 +111,15 @@ class Engine:
         if local:
             os.environ.setdefault("RAY_AUTH_MODE", "disabled")  # a session of ours alone needs no token file in HOME
         import ray
-        import ray.data
 
         self._mine = not ray.is_initialized()
         if self._mine:
             _start(self._workers, "local" if local else self._address, local)
+        if local and self._mine:  # its workers import while the driver does, not in their first tasks
+            for _ in range(self._num_cpus()):
+                ray.remote(_import).remote(_IMPORTS)
+        import ray.data
+
         self._started = True
         unseen = missing_on_nodes(self._root)
         if unseen:
@@ -126,6 +137,7 @@ class Engine:
         # One chunk a block: the next operator gets each as soon as it is there.
         context.target_max_block_size = 1 << 20
         context.memory_usage_poll_interval_s = None  # a thread in each task, for a statistic that nobody reads
+        _wait_less()
         self.start_seconds = time.perf_counter() - began
 
     @property
@@ -254,6 +266,17 @@ class Engine:
                 done += 1
                 self.on_progress(label, done, total)
                 yield result
+
+
+def _wait_less() -> None:
+    """Two constants inside Ray Data 2.60, hence not there in every version. An execution is told what it may use by an
+    answer that it doesn't wait for and looks for again after a second: so long it has one task at a time. And its loop
+    sees what has ended after 0.1 s, twice for each task, while the worker idles."""
+    with contextlib.suppress(ImportError):
+        from ray.data._internal.execution import resource_manager, streaming_executor_state
+
+        resource_manager.ResourceManager.GLOBAL_LIMITS_UPDATE_INTERVAL_S = _POLL_SECONDS
+        streaming_executor_state.WAIT_FOR_TASK_COMPLETION_TIMEOUT_S = _POLL_SECONDS
 
 
 def _blocks(items: Sequence[Item], most: int) -> list[Sequence[Item]]:
