@@ -1,6 +1,7 @@
 """Connected components of links, in one place while they fit, else by rounds of tasks.
 
-Up to `Sizes.links` links scipy labels them at once, with about 70 bytes for each. Beyond that,
+Up to `Sizes.links` links scipy labels them at once. They are read partition by partition, and what is held of
+them is what differs: a link that many bands found counts once, 40 bytes for each and 30 for each text. Beyond that,
 alternating large-star and small-star (Kiveris et al. 2014, Connected Components in MapReduce and
 Beyond): large-star ties the larger neighbours of each text to its smallest one, small-star its
 smaller ones; when neither changes a link, every text is tied to the smallest of its component.
@@ -9,7 +10,7 @@ Links are spread by the text that a round looks at, so that no task holds more t
 Both write (entity, component) tables, sorted, for `find` to map and search: no process loads them.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -21,6 +22,7 @@ from curation.dedup.work import COMPONENTS, LINKS, STARS, Work
 from curation.errors import TilthError
 from curation.stage import Mapper
 
+_HALF, _WAITING = np.uint64(32), 1 << 16
 _MAX_ROUNDS = 100  # of two stars each; their number grows with the logarithm of the longest chain
 
 
@@ -28,8 +30,8 @@ def label(work: Work, num_links: int, most_links: int, mapper: Mapper) -> int:
     """Write COMPONENTS from LINKS, `num_links` rows (a, b) of uint64. A component is known by its smallest
     member. Returns how many entities there are."""
     if num_links <= most_links:
-        links = pl.concat([pl.DataFrame(_read(work, LINKS, name)) for name in storage.list_names(work.run.path(LINKS))])
-        return _write(work, 0, _components(links["a"].to_numpy(), links["b"].to_numpy()))
+        names = storage.list_names(work.run.path(LINKS))
+        return _write(work, 0, _components(lambda: (_read(work, LINKS, name) for name in names)))
     return _by_stars(work, -(-num_links // most_links), mapper)
 
 
@@ -49,18 +51,42 @@ def find(work: Work, entities: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return linked, component
 
 
-def _components(a: np.ndarray, b: np.ndarray) -> pl.DataFrame:
-    """(entity, component), by entity, for links a[i] - b[i]."""
+def _components(links: Callable[[], Iterator[pl.DataFrame]]) -> pl.DataFrame:
+    """(entity, component), by entity, for links a - b, of which a call gives all partitions."""
     from scipy.sparse import coo_array
     from scipy.sparse.csgraph import connected_components
 
-    entities = np.unique(np.concatenate([a, b]))
-    ends = [np.searchsorted(entities, side).astype(np.int32) for side in (a, b)]
-    graph = coo_array((np.ones(len(a), np.int8), tuple(ends)), shape=(len(entities),) * 2)
+    entities = _distinct(frame[side].to_numpy() for frame in links() for side in "ab")
+
+    def numbers(frame: pl.DataFrame, side: str) -> np.ndarray:
+        return np.searchsorted(entities, frame[side].to_numpy()).astype(np.uint64)
+
+    pairs = _distinct((numbers(frame, "a") << _HALF) | numbers(frame, "b") for frame in links())
+    ends = (pairs >> _HALF).astype(np.int32), pairs.astype(np.uint32).view(np.int32)
+    del pairs
+    graph = coo_array((np.ones(len(ends[0]), np.int8), ends), shape=(len(entities),) * 2)
     number, component = connected_components(graph, directed=False)
     first = np.empty(number, np.int64)
     first[component[::-1]] = np.arange(len(entities) - 1, -1, -1)
     return pl.DataFrame({"entity": entities, "component": entities[first[component]]})
+
+
+def _distinct(parts: Iterable[np.ndarray]) -> np.ndarray:
+    """The distinct values of all `parts`, uint64, sorted. Holds them two and a half times, and a part."""
+    known, waiting, count = np.empty(0, np.uint64), list[np.ndarray](), 0
+
+    def merged() -> np.ndarray:
+        values = np.concatenate([known, *waiting])
+        waiting.clear()
+        values.sort()
+        return values[np.concatenate([np.ones(min(1, len(values)), bool), values[1:] != values[:-1]])]
+
+    for part in parts:
+        waiting.append(np.unique(part))
+        count += len(waiting[-1])
+        if count > max(_WAITING, len(known) // 4):
+            known, count = merged(), 0
+    return merged()
 
 
 def _read(work: Work, folder: str, name: str) -> pl.DataFrame:

@@ -35,7 +35,7 @@ class Sizes:
 
     rows: int = 2_000_000  # rows of a partition
     documents: int = 20_000  # documents of a bin, with texts, signatures and shingle hashes: 2.5 times their text
-    links: int = 8_000_000  # candidates whose components are found in one place, at about 70 bytes each
+    links: int = 8_000_000  # of all partitions, whose components are found in one place
 
 
 @dataclass(frozen=True)
