@@ -7,7 +7,7 @@ time of their own file alone: after a change here, touch those that use it.
 from typing import Any
 
 from llvmlite import ir
-from numba.core import types
+from numba.core import cgutils, types
 from numba.extending import intrinsic
 
 BLOCK = 64
@@ -55,3 +55,29 @@ def trailing_zeros(typing: Any, bits: Any) -> Any:
         return builder.cttz(args[0], ir.Constant(ir.IntType(1), 0))
 
     return types.int64(types.uint64), build
+
+
+@intrinsic
+def prefetch(typing: Any, array: Any, index: Any) -> Any:
+    """Ask for the cache line of array[index], which need not be inside the array."""
+
+    def build(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        where = pointer(context, builder, signature.args[0], args[0], args[1], ir.IntType(8))
+        kind = ir.FunctionType(ir.VoidType(), [where.type, I32, I32, I32])
+        function = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0")
+        builder.call(function, [where, I32(0), I32(3), I32(1)])  # to read, and again, of data
+        return context.get_dummy_value()
+
+    return types.void(array, types.uint64), build
+
+
+@intrinsic
+def high_product(typing: Any, a: Any, b: Any) -> Any:
+    """The upper 64 of the 128 bits of a * b, both uint64."""
+
+    def build(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        wide = ir.IntType(128)
+        product = builder.mul(*(builder.zext(side, wide) for side in args))
+        return builder.trunc(builder.lshr(product, wide(64)), I64)
+
+    return types.uint64(types.uint64, types.uint64), build

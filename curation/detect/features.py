@@ -2,16 +2,17 @@
 
 1. `_split`, `_hash_tokens`: bytes to tokens at fastText's separators, 64 bytes at a time, and their FNV-1a hashes
    (bytes sign-extended), many tokens at a time.
-2. `_keys`, `_identify`: the word of each token, by its first eight bytes in one 64-bit key; labels are dropped, and
-   `</s>` ends the document. Words that aren't in the dictionary stay, since n-grams are made of their hashes.
+2. `_keys`, `_identify`: the word of each token, by a 64-bit key: the token itself up to eight bytes, up to sixteen a
+   hash of 56 bits, beyond it the hash and a comparison. `_drop`: labels, and what `</s>` ends. Words that aren't in the
+   dictionary stay, since n-grams are made of their hashes.
 3. `_list_rows`: the row numbers of each line (a range of tokens, then `</s>`): words, or their subwords, then the
    buckets of word n-grams.
 4. `_sum_rows`: adds those rows.
 
-Where a table is larger than the cache (2, 4), a loop of nothing but loads goes ahead, so that its misses overlap: two
-and a half times the speed of loads among branches and sums. Documents pass in batches whose lists stay in the cache.
-Compiled, without the GIL, no Python object per document; kernels take flat arrays and call nothing that takes arrays,
-as numba counts references with atomic operations (a view a row and a call a token were half of the time).
+Where a table is larger than the cache (2, 4), its lines are asked for hundreds of items ahead. Documents pass in
+batches whose lists stay in the cache. Compiled, without the GIL, no Python object per document; kernels take flat
+arrays and call nothing that takes arrays, as numba counts references with atomic operations (a view a row and a call a
+token were half of the time).
 """
 
 from collections.abc import Iterator
@@ -24,22 +25,27 @@ from numba.core import types
 from numba.extending import intrinsic
 
 from curation import blocks
-from curation.blocks import trailing_zeros
+from curation.blocks import high_product, prefetch, trailing_zeros
 
 BATCH_BYTES = 1 << 18
 LANES = 16  # tokens that are hashed together
-_AHEAD = 512  # items whose cache lines are asked for at once
+EIGHT = 8  # rows that are added together
+_MOST_LANES = 16  # of a row that are
+_AHEAD = np.uint64(256)  # items ahead of which cache lines are asked for
 _FNV_OFFSET, _FNV_PRIME = np.uint32(2166136261), np.uint32(16777619)
 _NGRAM_FACTOR = np.uint64(116049371)
 _SEPARATORS = np.isin(np.arange(256), [0, 9, 10, 11, 12, 13, 32])
 _EOS = b"</s>"
 _EOS_KEY = np.uint64(int.from_bytes(_EOS, "little"))
 _LABEL = np.frombuffer(b"__label__", np.uint8)  # of a loaded model, whichever prefix it was trained with
-_LONG = np.uint64(32 << 56)  # keys of words over eight bytes have a space where no other key has one
-_NO, _YES, _ONE, _TWO, _THREE, _FOUR = (np.uint64(n) for n in (0, 1, 1, 2, 3, 4))
-_FOURS = np.uint64(2**64 - 4)
+# Keys of words over eight and over sixteen bytes have a separator where no other key has one.
+_LONG, _LONGER, _MARKS = (np.uint64(n << 56) for n in (32, 9, 255))
+_MIX = np.uint64(0x9E3779B97F4A7C15)
+_LABEL_ID = -2
+_NO, _YES = np.uint64(0), np.uint64(1)
+_EIGHTS = np.uint64(2**64 - EIGHT)
 _BYTE, _SIXTEEN, _SHIFTS, _EIGHT_BYTES = (np.uint64(n) for n in (8, 16, 63, 64))
-_ALL_BITS, _LENGTHS = (np.uint64(2**n - 1) for n in (64, 24))
+_ALL_BITS = np.uint64(2**64 - 1)
 
 
 class Features(NamedTuple):
@@ -48,10 +54,10 @@ class Features(NamedTuple):
     vocabulary: np.ndarray  # uint8: the bytes of the words and labels, joined
     bounds: np.ndarray  # int64[num_words + num_labels + 1]
     slots: np.ndarray  # uint64[2 * a power of two]: open addressing by hash, key and number of the word + 1
-    sides: np.ndarray  # uint64[2 * (num_words + num_labels)]: the first and last eight bytes of words over eight
     num_words: int
     ngrams: int
     bucket: int
+    inverse: tuple[np.uint64, np.uint64]  # of bucket, see `_inverse`
     minn: int
     maxn: int
     pruned: np.ndarray  # int32[bucket]: which of the rows after the words, or -1; empty: the bucket itself
@@ -83,12 +89,12 @@ def features(
     pruned: np.ndarray | None,
 ) -> Features:  # fmt: skip
     """The dictionary, ready for look-ups."""
-    slots, sides = _slots(vocabulary, bounds), _sides(vocabulary, bounds)
+    slots = _slots(vocabulary, bounds)
     eos, length = np.frombuffer(_EOS, np.uint8), np.uint64(len(_EOS))
-    eos_hash = _hash(eos)
+    eos_hash, bucket = _fnv(eos), max(1, bucket)
     eos_id = int(slots[2 * int(_slot(eos, _NO, length, eos_hash, _EOS_KEY, slots, vocabulary, bounds)) + 1]) - 1
     return Features(
-        vocabulary, bounds, slots, sides, num_words, ngrams, max(1, bucket), minn, maxn,
+        vocabulary, bounds, slots, num_words, ngrams, bucket, _inverse(bucket), minn, maxn,
         np.zeros(0, np.int32) if pruned is None else pruned, eos_id if eos_id < num_words else -1, eos_hash,
     )  # fmt: skip
 
@@ -107,17 +113,14 @@ def tokens(model: Features, data: np.ndarray, offsets: np.ndarray) -> Tokens:
     """The tokens of the documents data[offsets[i]:offsets[i + 1]]."""
     start, end = int(offsets[0]), int(offsets[-1])
     data, eight = _readable(data[start:end])
-    most = (end - start) // 2 + len(offsets) + LANES
+    most = (end - start) // 2 + len(offsets) + int(_AHEAD)
     hashes, starts, ends = np.empty(most, np.uint32), np.empty(most, np.uint64), np.empty(most, np.uint64)
     bounds = _split(data, offsets - start, _SEPARATORS, starts, ends)
     count = int(bounds[-1])
-    keys, ids = np.empty(count + LANES, np.uint64), np.empty(count, np.int32)
-    _hash_tokens(data, eight, starts, ends, keys, hashes, count)
-    _keys(hashes, starts, ends, keys, count)
-    _identify(
-        data, eight, keys, hashes, starts, ends, ids, bounds,
-        model.slots, model.sides, model.vocabulary, model.bounds, model.num_words,
-    )  # fmt: skip
+    keys, ids = _hash(data, eight, starts, ends, hashes, count), np.empty(count, np.int32)
+    words = model.slots, model.vocabulary, model.bounds, model.num_words
+    if _identify(data, keys, hashes, starts, ends, ids, count, *words):
+        _drop(keys, hashes, starts, ends, ids, bounds)
     kept = bounds[-1]
     return Tokens(data, hashes[:kept], ids[:kept], starts[:kept].view(np.int64), ends[:kept].view(np.int64), bounds)
 
@@ -136,12 +139,12 @@ def list_rows(
         lengths = found.ends - found.starts + 2  # with < and >
         pieces = min(model.maxn, int(lengths.max(initial=0))) - max(1, model.minn) + 1
         most += int(lengths.sum()) * max(0, pieces)
-    rows, bounds = np.empty(most + 1, np.int32), np.empty(len(firsts) + 1, np.int64)
+    rows, bounds = np.empty(most + 1 + int(_AHEAD) + EIGHT, np.int32), np.empty(len(firsts) + 1, np.int64)
     num_features = np.empty(len(firsts), np.int64)
     _list_rows(
         found.data, found.hashes, found.ids, found.starts, found.ends, firsts, lasts,
         np.zeros(0, np.int32) if weights is None else weights, model.num_words, model.ngrams, model.bucket,
-        model.minn, model.maxn, model.pruned, model.eos_id, model.eos_hash, rows, bounds, num_features,
+        *model.inverse, model.minn, model.maxn, model.pruned, model.eos_id, model.eos_hash, rows, bounds, num_features,
     )  # fmt: skip
     return Rows(rows, bounds, num_features)
 
@@ -155,8 +158,11 @@ def zeros(rows: int, lanes: int) -> np.ndarray:
 
 def sum_rows(table_FL: np.ndarray, lines: Rows) -> np.ndarray:
     """float64[lines, lanes]: the sum of each line's rows."""
-    total = np.empty((len(lines.num_features), table_FL.shape[1]))
-    _sum_rows(table_FL.ravel(), np.uint64(table_FL.shape[1]), lines.rows, lines.bounds, total.ravel())
+    width = table_FL.shape[1]
+    total = np.empty((len(lines.num_features), width))
+    _sum_rows(
+        table_FL.ravel(), lines.rows, lines.bounds, total.ravel(), np.uint64(width), (0,) * min(width, _MOST_LANES)
+    )
     return total
 
 
@@ -176,11 +182,11 @@ def sum_subwords(model: Features, table_FL: np.ndarray) -> tuple[np.ndarray, np.
     return total, counts
 
 
-def sums_of_squares(lines: Rows) -> np.ndarray:
+def sums_of_squares(lines: Rows, wanted: np.ndarray) -> np.ndarray:
     """float64[lines]: the sum over a line's features of the square of how often each occurs, or a little more
-    (features are counted by 12 bits of their numbers)."""
-    squares = np.empty(len(lines.num_features))
-    _sums_of_squares(lines.rows, lines.bounds, squares)
+    (features are counted by 12 bits of their numbers); 0 for a line that is not `wanted`."""
+    squares = np.zeros(len(lines.num_features))
+    _sums_of_squares(lines.rows, lines.bounds, np.flatnonzero(wanted), squares)
     return squares
 
 
@@ -201,22 +207,32 @@ def _slots(vocabulary: np.ndarray, bounds: np.ndarray) -> np.ndarray:
     """The dictionary as a table half full at most, without words that no text can have."""
     count, (data, eight) = len(bounds) - 1, _readable(vocabulary)
     slots = np.zeros(2 << max(4, (2 * count - 1).bit_length()), np.uint64)
-    hashes, keys = np.empty(count + LANES, np.uint32), np.empty(count + LANES, np.uint64)
+    hashes = np.empty(count + LANES, np.uint32)
     starts, ends = (np.pad(side, (0, LANES)).astype(np.uint64) for side in (bounds[:-1], bounds[1:]))
     possible = np.empty(count, np.bool_)
     _possible(data, bounds, _SEPARATORS, possible)
-    _hash_tokens(data, eight, starts, ends, keys, hashes, count)
-    _keys(hashes, starts, ends, keys, count)
+    keys = _hash(data, eight, starts, ends, hashes, count)
     _fill_slots(data, bounds, keys, hashes, possible, slots)
     return slots
 
 
-def _sides(vocabulary: np.ndarray, bounds: np.ndarray) -> np.ndarray:
-    _, eight = _readable(vocabulary)
-    found = np.zeros((len(bounds) - 1, 2), np.uint64)
-    long = np.flatnonzero(np.diff(bounds) > 8)
-    found[long] = np.column_stack([eight[bounds[long]], eight[bounds[long + 1] - 8]])
-    return found.ravel()
+def _inverse(divisor: int) -> tuple[np.uint64, np.uint64]:
+    """(magic, shift) by which n // divisor is ((n - high) / 2 + high) >> shift, where high is the upper half of
+    n * magic, for every n of 64 bits; not for 1 (Robison 2005, N-bit unsigned division via N-bit multiply-add)."""
+    bits = divisor.bit_length() - 1
+    if divisor == 1 << bits:
+        return _NO, np.uint64(max(0, bits - 1))
+    return np.uint64(-(-(1 << (65 + bits)) // divisor) % 2**64), np.uint64(bits)
+
+
+def _hash(
+    data: np.ndarray, eight: np.ndarray, starts: np.ndarray, ends: np.ndarray, hashes: np.ndarray, count: int
+) -> np.ndarray:
+    """Fills `hashes`; returns the keys."""
+    keys, more = np.empty(count + LANES, np.uint64), np.empty(count + LANES, np.uint64)
+    _hash_tokens(data, eight, starts, ends, keys, more, hashes, count)
+    _keys(hashes, more, starts, ends, keys, count)
+    return keys
 
 
 def _readable(data: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -228,7 +244,7 @@ def _readable(data: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 @njit(cache=True, nogil=True)
-def _hash(word: np.ndarray) -> np.uint32:
+def _fnv(word: np.ndarray) -> np.uint32:
     value = _FNV_OFFSET
     for byte in word:
         value = _hashed(value, byte)
@@ -321,11 +337,12 @@ def _hash_lanes(typing: Any, keys: Any, more: Any, starts: Any, ends: Any, hashe
 
 @njit(cache=True, nogil=True)
 def _hash_tokens(
-    data: np.ndarray, eight: np.ndarray, starts: np.ndarray, ends: np.ndarray, keys: np.ndarray, hashes: np.ndarray,
-    count: int,
+    data: np.ndarray, eight: np.ndarray, starts: np.ndarray, ends: np.ndarray, keys: np.ndarray, more: np.ndarray,
+    hashes: np.ndarray, count: int,
 ) -> None:  # fmt: skip
-    """FNV-1a of each of `count` tokens, and its first eight bytes as its key; all arrays have room for LANES more."""
-    more, last_eight = np.empty(len(keys), np.uint64), np.uint64(len(eight) - 1)
+    """FNV-1a of each of `count` tokens, its first eight bytes in `keys` and (before others) the next in `more`; all
+    arrays have room for LANES more."""
+    last_eight = np.uint64(len(eight) - 1)
     for token in range(np.uint64(count)):
         start = starts[token]
         at, length = min(start, last_eight), ends[token] - start
@@ -345,56 +362,64 @@ def _hash_tokens(
 
 
 @njit(cache=True, nogil=True)
-def _keys(hashes: np.ndarray, starts: np.ndarray, ends: np.ndarray, keys: np.ndarray, count: int) -> None:
-    """Make `keys` of first bytes those of whole tokens: of long ones, hash and length."""
+def _keys(
+    hashes: np.ndarray, more: np.ndarray, starts: np.ndarray, ends: np.ndarray, keys: np.ndarray, count: int
+) -> None:
+    """Make `keys` of first bytes those of whole tokens: of more than eight bytes a hash of the first sixteen, of FNV-1a
+    and of the length; of more than sixteen with another mark, and to be compared in full."""
     for token in range(np.uint64(count)):
-        value, length = np.uint64(hashes[token]), ends[token] - starts[token]
-        long = _LONG | ((length & _LENGTHS) << np.uint64(32)) | value
+        length = ends[token] - starts[token]
+        left = (_SIXTEEN - min(max(length, _BYTE), _SIXTEEN)) * _BYTE
+        mixed = (keys[token] ^ ((more[token] << (left & _SHIFTS)) * _MIX)) * _MIX
+        mixed = (mixed ^ (mixed >> np.uint64(32)) ^ (length << np.uint64(32)) ^ np.uint64(hashes[token])) * _MIX
+        long = (_LONGER if length > _SIXTEEN else _LONG) | (mixed >> _BYTE)
         keys[token] = long if length > _BYTE else keys[token]
 
 
 @njit(cache=True, nogil=True)
 def _identify(
-    data: np.ndarray, eight: np.ndarray, keys: np.ndarray, hashes: np.ndarray, starts: np.ndarray, ends: np.ndarray,
-    ids: np.ndarray, bounds: np.ndarray, slots: np.ndarray, sides: np.ndarray, vocabulary: np.ndarray,
-    word_bounds: np.ndarray, num_words: int,
-) -> np.uint64:  # fmt: skip
-    """The word of each token; drops labels and what follows `</s>` from all arrays, `bounds` too. What it returns
-    keeps the loads that go ahead alive."""
-    mask, touched = np.uint64(len(slots) // 2 - 1), np.uint64(0)
-    kept, ahead, all_tokens = np.uint64(0), np.uint64(0), np.uint64(bounds[-1])
-    end = np.uint64(bounds[0])
+    data: np.ndarray, keys: np.ndarray, hashes: np.ndarray, starts: np.ndarray, ends: np.ndarray,
+    ids: np.ndarray, count: int, slots: np.ndarray, vocabulary: np.ndarray, word_bounds: np.ndarray, num_words: int,
+) -> bool:  # fmt: skip
+    """The word of each token, -1 for none, _LABEL_ID for a label. Returns whether there is a label or `</s>`."""
+    mask, dropped = np.uint64(len(slots) // 2 - 1), False
+    for token in range(np.uint64(count)):
+        prefetch(slots, (np.uint64(hashes[token + _AHEAD]) & mask) << _YES)
+        key, slot = keys[token], np.uint64(hashes[token]) & mask
+        while slots[slot << _YES] != key and slots[(slot << _YES) + _YES]:
+            slot = (slot + _YES) & mask
+        mark = key & _MARKS
+        if mark == _LONGER:
+            start = starts[token]
+            slot = _slot(data, start, ends[token] - start, hashes[token], key, slots, vocabulary, word_bounds)
+        word = np.int64(slots[(slot << _YES) + _YES]) - 1
+        if word < 0 and (mark == _LONG) | (mark == _LONGER):
+            is_label = _is_label(data, starts[token])
+        else:
+            is_label = word >= num_words
+        dropped |= is_label | (key == _EOS_KEY)
+        ids[token] = _LABEL_ID if is_label else word
+    return dropped
+
+
+@njit(cache=True, nogil=True)
+def _drop(
+    keys: np.ndarray, hashes: np.ndarray, starts: np.ndarray, ends: np.ndarray, ids: np.ndarray, bounds: np.ndarray
+) -> None:
+    """Drop labels, and in each document what follows `</s>`, from all arrays."""
+    kept, end = 0, bounds[0]
     for document in range(len(bounds) - 1):
-        first, end = end, np.uint64(bounds[document + 1])
+        first, end = end, bounds[document + 1]
         bounds[document] = kept
         for token in range(first, end):
-            if token >= ahead:
-                ahead = min(token + np.uint64(_AHEAD), all_tokens)
-                for at in range(token, ahead):
-                    touched ^= slots[(np.uint64(hashes[at]) & mask) << _YES]
-            key, value, start, stop = keys[token], hashes[token], starts[token], ends[token]
-            if key == _EOS_KEY:
+            if keys[token] == _EOS_KEY:
                 break
-            slot = np.uint64(value) & mask
-            while slots[slot << _YES] != key and slots[(slot << _YES) + _YES]:
-                slot = (slot + _YES) & mask
-            word = np.int64(slots[(slot << _YES) + _YES]) - 1
-            is_label = word >= num_words
-            length = stop - start
-            if length > _BYTE:
-                if word >= 0 and (
-                    sides[word << 1] != eight[start]
-                    or sides[(word << 1) + 1] != eight[stop - _BYTE]
-                    or (length > _SIXTEEN and not _same(data, start, length, vocabulary, word_bounds, word))
-                ):  # another word of this hash and length
-                    slot = _slot(data, start, length, value, key, slots, vocabulary, word_bounds)
-                    word = np.int64(slots[(slot << _YES) + _YES]) - 1
-                    is_label = word >= num_words
-                is_label |= word < 0 and _is_label(data, start)
-            hashes[kept], starts[kept], ends[kept], ids[kept] = value, start, stop, word
-            kept += np.uint64(not is_label)
+            if ids[token] != _LABEL_ID:
+                hashes[kept], starts[kept], ends[kept], ids[kept] = (
+                    hashes[token], starts[token], ends[token], ids[token],
+                )  # fmt: skip
+                kept += 1
     bounds[-1] = kept
-    return touched
 
 
 @njit(cache=True, nogil=True)
@@ -416,7 +441,7 @@ def _slot(
     while slots[(slot << _YES) + _YES] and (
         slots[slot << _YES] != key
         or (
-            length > _BYTE
+            length > _SIXTEEN
             and not _same(data, start, length, vocabulary, word_bounds, np.int64(slots[(slot << _YES) + _YES]) - 1)
         )
     ):
@@ -468,11 +493,12 @@ def _signed(value: np.uint32) -> np.uint64:
 def _list_rows(
     data: np.ndarray, hashes: np.ndarray, ids: np.ndarray, starts: np.ndarray, ends: np.ndarray,
     firsts: np.ndarray, lasts: np.ndarray, weights: np.ndarray, num_words: int, ngrams: int, bucket: int,
-    minn: int, maxn: int, pruned: np.ndarray, eos_id: int, eos_hash: np.uint32,
+    magic: np.uint64, shift: np.uint64, minn: int, maxn: int, pruned: np.ndarray, eos_id: int, eos_hash: np.uint32,
     rows: np.ndarray, bounds: np.ndarray, num_features: np.ndarray,
 ) -> None:  # fmt: skip
     row = 0
     buckets, is_pruned = np.uint64(bucket), len(pruned) > 0
+    every_bit = _ALL_BITS if bucket > 1 else _NO  # `_inverse` knows no 1
     for line in range(len(firsts)):
         bounds[line] = row
         first, last = firsts[line], lasts[line]
@@ -491,7 +517,9 @@ def _list_rows(
             value = _signed(hashes[at])
             for ahead in range(at + 1, min(at + ngrams, last + 1)):
                 value = value * _NGRAM_FACTOR + _signed(hashes[ahead] if ahead < last else eos_hash)
-                left = np.int64(value % buckets)
+                high = high_product(value, magic)
+                quotient = (((value - high) >> _YES) + high) >> shift
+                left = np.int64((value - quotient * buckets) & every_bit)
                 left = pruned[left] if is_pruned else left
                 rows[row] = num_words + left
                 row += int(left >= 0)
@@ -525,44 +553,59 @@ def _list_subwords(
     return row
 
 
+@intrinsic
+def _add_rows(
+    typing: Any, table: Any, rows: Any, at: Any, total: Any, width: Any, first: Any, sums: Any, lanes: Any
+) -> Any:
+    """Add table[width * row + first:][:len(lanes)] for the EIGHT rows from rows[at] on to the doubles from total[sums]
+    on."""
+
+    def build(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        count = signature.args[7].count
+        floats, doubles = (ir.VectorType(kind, count) for kind in (ir.FloatType(), ir.DoubleType()))
+        indices = blocks.load(context, builder, signature.args[1], args[1], args[2], ir.VectorType(blocks.I32, EIGHT))
+        found = []
+        for k in range(EIGHT):
+            row = builder.zext(builder.extract_element(indices, blocks.I32(k)), blocks.I64)
+            where = builder.add(builder.mul(row, args[4]), args[5])
+            part = blocks.load(context, builder, signature.args[0], args[0], where, floats)
+            found.append(builder.fpext(part, doubles))
+        while len(found) > 1:
+            found = [builder.fadd(one, other) for one, other in zip(found[::2], found[1::2], strict=True)]
+        before = blocks.load(context, builder, signature.args[3], args[3], args[6], doubles)
+        blocks.store(context, builder, signature.args[3], args[3], args[6], builder.fadd(before, found[0]))
+        return context.get_dummy_value()
+
+    return types.void(table, rows, types.uint64, total, types.uint64, types.uint64, types.uint64, lanes), build
+
+
 @njit(cache=True, nogil=True)
 def _sum_rows(
-    table: np.ndarray, lanes: np.uint64, rows: np.ndarray, bounds: np.ndarray, total: np.ndarray
-) -> np.float32:
-    """`table` and `total` as flat arrays: a view of a row would cost atomic reference counts. Rows are loaded once
-    before they are added, in a loop of nothing else, whose cache misses overlap; what it returns keeps it alive."""
-    touched, ahead = np.float32(0), _NO
-    end, step = np.uint64(bounds[-1]), np.uint64(_AHEAD)
+    table: np.ndarray, rows: np.ndarray, bounds: np.ndarray, total: np.ndarray, width: np.uint64, lanes: tuple[int, ...]
+) -> None:
+    """`table` and `total` as flat arrays: a view of a row would cost atomic reference counts. A row is `width` floats:
+    as many parts of len(lanes), which the compiler knows, as there are."""
+    part = np.uint64(len(lanes))
     for line in range(np.uint64(len(bounds) - 1)):
-        sums = line * lanes
-        for lane in range(lanes):
-            total[sums + lane] = 0.0
         start, stop = np.uint64(bounds[line]), np.uint64(bounds[line + _YES])
-        for first in range(start, stop, step):
-            last = min(first + step, stop)
-            if ahead < last:
-                begin, ahead = (ahead if ahead > first else first), (last + step if last + step < end else end)
-                for at in range(begin, ahead):
-                    touched += table[lanes * np.uint64(np.uint32(rows[at]))]
-            fours = first + ((last - first) & _FOURS)
-            for at in range(first, fours, _FOUR):
-                a, b = lanes * np.uint64(rows[at]), lanes * np.uint64(rows[at + _ONE])
-                c, d = lanes * np.uint64(rows[at + _TWO]), lanes * np.uint64(rows[at + _THREE])
-                for lane in range(lanes):
-                    total[sums + lane] += (np.float64(table[a + lane]) + np.float64(table[b + lane])) + (
-                        np.float64(table[c + lane]) + np.float64(table[d + lane])
-                    )
-            for at in range(fours, last):
-                a = lanes * np.uint64(rows[at])
-                for lane in range(lanes):
-                    total[sums + lane] += table[a + lane]
-    return touched
+        eights = start + ((stop - start) & _EIGHTS)
+        for lane in range(line * width, (line + _YES) * width):
+            total[lane] = 0.0
+        for first in range(_NO, width, part):
+            for at in range(start, eights, np.uint64(EIGHT)):
+                for ahead in range(at + _AHEAD, at + _AHEAD + np.uint64(EIGHT)):
+                    prefetch(table, width * np.uint64(np.uint32(rows[ahead])))
+                _add_rows(table, rows, at, total, width, first, line * width + first, lanes)
+        for at in range(eights, stop):
+            prefetch(table, width * np.uint64(np.uint32(rows[at + _AHEAD])))
+            for lane in range(width):
+                total[line * width + lane] += table[width * np.uint64(rows[at]) + lane]
 
 
 @njit(cache=True, nogil=True)
-def _sums_of_squares(rows: np.ndarray, bounds: np.ndarray, squares: np.ndarray) -> None:
-    counts = np.zeros(4096, np.int64)
-    for line in range(len(squares)):
+def _sums_of_squares(rows: np.ndarray, bounds: np.ndarray, wanted: np.ndarray, squares: np.ndarray) -> None:
+    counts = np.zeros(4096, np.int32)
+    for line in wanted:
         total = 0
         for at in range(bounds[line], bounds[line + 1]):
             slot = rows[at] & 4095

@@ -244,27 +244,29 @@ class FoldedFastText:
         return softmax(logits) if self._model.loss == "softmax" else _table_sigmoid(logits.astype(np.float32))
 
     def _doubtful(self, logits: np.ndarray, probability: np.ndarray, lines: Rows) -> np.ndarray:
-        """bool[n]: whether fastText's rounding could show in a probability."""
-        if self._model.loss == "softmax":
-            return (probability * self._rounding(logits, probability, lines) > TOLERANCE).any(axis=1)
-        step = 2 * _SIGMOID_END / _SIGMOID_STEPS
-        from_step = np.abs(logits - step * np.round(logits / step))
-        near = from_step < self._rounding(logits, np.zeros_like(probability), lines) + 1e-6
-        return (near & (np.abs(logits) < _SIGMOID_END + step)).any(axis=1)
-
-    def _rounding(self, logits: np.ndarray, weights: np.ndarray, lines: Rows) -> np.ndarray:
-        """float64[n, labels]: what rounding may change in a label's logit less the mean of all by `weights`, with
-        the rounding of the table."""
-        copies = np.sqrt(features.sums_of_squares(lines) * lines.num_features / np.maximum(1, np.diff(lines.bounds)))
+        """bool[n]: whether fastText's rounding could show in a probability. Features are counted only where it could
+        if they were all the same one."""
+        weights = probability if self._model.loss == "softmax" else np.zeros_like(probability)
         spread = np.empty(logits.shape)
         _spread(logits, weights, self._input_of_logits_CD, self._output_CD, spread)
-        return _UNIT * (copies[:, None] + 16) * spread
+        doubtful = self._shows(logits, probability, lines.num_features, spread)
+        squares = features.sums_of_squares(lines, doubtful)
+        copies = np.sqrt(squares * lines.num_features / np.maximum(1, np.diff(lines.bounds)))
+        return doubtful & self._shows(logits, probability, copies, spread)
+
+    def _shows(self, logits: np.ndarray, probability: np.ndarray, copies: np.ndarray, spread: np.ndarray) -> np.ndarray:
+        """bool[n]: whether what rounding may change in a label's logit (`spread` is |o * h| of the module, `copies` its
+        Q), with the rounding of the table, may change a probability."""
+        rounding = _UNIT * (copies[:, None] + 16) * spread
+        if self._model.loss == "softmax":
+            return (probability * rounding > TOLERANCE).any(axis=1)
+        step = 2 * _SIGMOID_END / _SIGMOID_STEPS
+        from_step = np.abs(logits - step * np.round(logits / step))
+        return ((from_step < rounding + 1e-6) & (np.abs(logits) < _SIGMOID_END + step)).any(axis=1)
 
     def _replay(self, rows: np.ndarray) -> np.ndarray:
         """float32[labels]: a line's logits in fastText's order and precision."""
-        hidden_D = np.zeros(self._output_CD.shape[1], np.float32)
-        for first in range(0, len(rows), 4096):
-            _add_in_order(self._model.input.rows(rows[first : first + 4096]), hidden_D)
+        hidden_D = self._model.input.sum_in_order(rows)
         hidden_D *= np.float32(1 / len(rows))
         every, output = np.arange(len(self.labels)), self._model.output
         return _dots_in_order(output.unscaled(every), hidden_D) * output.norms(every)
@@ -315,13 +317,6 @@ def _spread(
             for d in range(dim):
                 total += squares_D[d] * (output_CD[c, d] - mean_D[d]) ** 2
             spread_NC[line, c] = np.sqrt(total)
-
-
-@njit(cache=True, nogil=True)
-def _add_in_order(rows_ND: np.ndarray, total_D: np.ndarray) -> None:
-    for row in rows_ND:
-        for d in range(len(total_D)):
-            total_D[d] += row[d]
 
 
 @njit(cache=True, nogil=True)

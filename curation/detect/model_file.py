@@ -15,6 +15,7 @@ import numpy as np
 from numba import njit
 
 from curation import storage
+from curation.blocks import prefetch
 from curation.errors import UserError
 
 MAGIC = 793712314
@@ -23,6 +24,8 @@ _LOSSES = {1: "hs", 2: "ns", 3: "softmax", 4: "ova"}
 _SUPERVISED = 3
 _SETTINGS = ("dim", "ws", "epoch", "minCount", "neg", "wordNgrams", "loss", "model", "bucket", "minn", "maxn", "rate")
 _CENTROIDS = 256
+_BATCH_ROWS = 4096
+_AHEAD = 16  # rows ahead of which cache lines are asked for
 _MAX_PRUNED_BUCKETS = 1 << 26  # their index is an array
 
 
@@ -34,6 +37,7 @@ class Matrix(Protocol):
     def unscaled(self, index: np.ndarray) -> np.ndarray: ...
     def norms(self, index: np.ndarray) -> np.ndarray: ...
     def rows(self, index: np.ndarray) -> np.ndarray: ...
+    def sum_in_order(self, index: np.ndarray) -> np.ndarray: ...  # float32[dim], of rows, each added to those before
 
 
 @dataclass(frozen=True, eq=False)
@@ -52,6 +56,11 @@ class Dense:
 
     def rows(self, index: np.ndarray) -> np.ndarray:
         return self.values[index]
+
+    def sum_in_order(self, index: np.ndarray) -> np.ndarray:
+        total_D = np.zeros(self.shape[1], np.float32)
+        _add_in_order(self.values.reshape(-1), index.astype(np.uint64), total_D)
+        return total_D
 
 
 @dataclass(frozen=True, eq=False)
@@ -85,6 +94,25 @@ class Quantised:
 
     def rows(self, index: np.ndarray) -> np.ndarray:
         return self.unscaled(index) * self.norms(index)[:, None]
+
+    def sum_in_order(self, index: np.ndarray) -> np.ndarray:
+        total_D = np.zeros(self.dim, np.float32)
+        for first in range(0, len(index), _BATCH_ROWS):
+            rows = self.rows(index[first : first + _BATCH_ROWS])
+            _add_in_order(rows.reshape(-1), np.arange(len(rows), dtype=np.uint64), total_D)
+        return total_D
+
+
+@njit(cache=True, nogil=True)
+def _add_in_order(values: np.ndarray, index: np.ndarray, total_D: np.ndarray) -> None:
+    dim, line = np.uint64(len(total_D)), np.uint64(64 // 4)
+    for i in range(np.uint64(len(index))):
+        ahead = dim * index[min(i + np.uint64(_AHEAD), np.uint64(len(index) - 1))]
+        for at in range(ahead, ahead + dim, line):
+            prefetch(values, at)
+        start = dim * index[i]
+        for d in range(dim):
+            total_D[d] += values[start + d]
 
 
 @dataclass(frozen=True, eq=False)

@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from curation.detect import FoldedFastText
+from curation.detect import FoldedFastText, features
 from curation.detect.model_file import load, parse
 from curation.errors import UserError
 
@@ -32,9 +32,21 @@ KNOWN = [
     "<",
     ">",
 ]
+# Of 8, 9, 16, 17, 17 and 24 bytes, alike at both ends: what the keys of the dictionary tell apart.
+LONG = [
+    "abcdefgh",
+    "abcdefghi",
+    "abcdefghijklmnop",
+    "abcdefghxijklmnop",
+    "abcdefghyijklmnop",
+    "abcdefgh12345678ijklmnop",
+]
 SEPARATORS = st.sampled_from([" ", "\n", "\t", "\v", "\f", "\r", "\0", "  ", "\u00a0"])
 WORDS = st.one_of(
-    st.sampled_from(KNOWN),
+    st.sampled_from(KNOWN + LONG),
+    st.tuples(st.sampled_from(LONG), st.integers(0, 23), st.sampled_from("az")).map(
+        lambda t: t[0][: t[1]] + t[2] + t[0][t[1] + 1 :]
+    ),
     st.integers(0, 400).map("word{}".format),
     st.text(max_size=12),
     st.integers(9, 3000).map(lambda n: "long🤖" * (n // 5)),
@@ -84,7 +96,7 @@ def write_lines(path: Path, num_labels: int) -> Path:
         for line in range(max(250, 2 * num_labels)):
             label = line % num_labels
             words = [f"word{(label * 37 + i) % 400}" for i in rng.integers(0, 60, 20)]
-            common = [KNOWN[i] for i in rng.integers(0, 7, 5)]
+            common = [(KNOWN[:7] + LONG)[i] for i in rng.integers(0, 7 + len(LONG), 5)]
             file.write(f"__label__{LABELS[label] if label < 5 else label} {' '.join(words + common)}\n")
     return path
 
@@ -130,6 +142,14 @@ def test_equal_to_fasttext(pair: tuple[FoldedFastText, Any]) -> None:
         assert np.abs(ours.predict(pa.array(texts)) - reference(library, ours.labels, texts)).max() <= 1e-5
 
     holds()
+
+
+@given(st.integers(2, 2**31), st.integers(0, 2**64 - 1), st.integers(0, 2**64 - 1), st.integers(-1, 1))
+def test_buckets_are_found_without_a_division(bucket: int, any_value: int, factor: int, off: int) -> None:
+    magic, shift = map(int, features._inverse(bucket))
+    for value in any_value, max(0, factor // bucket * bucket + off):
+        high = value * magic >> 64
+        assert ((value - high) // 2 + high) >> shift == value // bucket
 
 
 def test_equal_where_rounding_adds_up(pair: tuple[FoldedFastText, Any]) -> None:
