@@ -10,15 +10,17 @@ from unicodedata import category, normalize
 
 import numpy as np
 
-from curation.overlap.kernels import ALONE, COPY, Int32s, Uint8s
+from curation.overlap.kernels import ALONE, COPY, ONE, Int32s, Uint8s, Uint32s
 
 
 class Table(NamedTuple):
-    """`ascii` maps byte to byte, as the kernels' blocks do when `symbols` says that they keep symbols; `entry_of`
-    a code point to an entry of `blob`, or to COPY or ALONE. Entry k is blob[starts[k]:starts[k + 1]]. `most`
-    bounds the bytes out for one byte in of a character that is not ASCII."""
+    """`entry_of` maps a code point to an entry of `blob`, or to COPY or ALONE. Entry k is
+    blob[starts[k]:starts[k + 1]]. `short` has the same for characters of one UTF-8 byte, at ONE + byte, and of two, at
+    the lower seven bits of the first and six of the second, where that is three bytes at most: they from the lowest
+    byte up, and their number in the highest byte; else 0. ASCII is as the kernels' blocks have it when `symbols` says
+    that they keep symbols. `most` bounds the bytes out for one byte in of a character that is not ASCII."""
 
-    ascii: Uint8s
+    short: Uint32s
     entry_of: Int32s
     starts: Int32s
     blob: Uint8s
@@ -83,7 +85,6 @@ def _points(ranges: tuple[tuple[int, int], ...]) -> bytearray:
 def _table(form_of: Callable[[str], str], chars: list[str], visible: str, unknown: str | None) -> Table:
     """Line i of `visible` is what is seen of chars[i], folded. `unknown` is what a code point without a
     character folds to; None: it stays as it is."""
-    ascii_map = np.frombuffer("".join(form_of(chr(c).lower()) for c in range(0x80)).encode(), np.uint8)
     forms = visible.translate({ord(c): form_of(c) for c in set(visible) - {"\n"}}).split("\n")
     entries = {unknown or " ": 0}
     entry_of = np.full(0x110000, COPY if unknown is None else 0, np.int32)
@@ -96,5 +97,15 @@ def _table(form_of: Callable[[str], str], chars: list[str], visible: str, unknow
         most = max(most, -(-len(form.encode()) // len(char.encode())))
         entry_of[ord(char)] = ALONE if form == f" {char} " else entries.setdefault(form, len(entries))
     encoded = [form.encode() for form in entries]
+    short = np.zeros(ONE + 0x80, np.uint32)
+    for c in range(0x800):
+        if entry_of[c] != ALONE:
+            own = chr(c).encode()
+            form = (
+                form_of(chr(c).lower()).encode() if c < 0x80 else own if entry_of[c] == COPY else encoded[entry_of[c]]
+            )
+            if len(form) <= 3:
+                where = ONE + c if c < 0x80 else (own[0] & 0x7F) << 6 | own[1] & 0x3F
+                short[where] = int.from_bytes(form, "little") | len(form) << 24
     starts = np.concatenate([[0], np.cumsum([len(e) for e in encoded])]).astype(np.int32)
-    return Table(ascii_map, entry_of, starts, np.frombuffer(b"".join(encoded), np.uint8), most, unknown is None)
+    return Table(short, entry_of, starts, np.frombuffer(b"".join(encoded), np.uint8), most, unknown is None)

@@ -33,13 +33,18 @@ Uint64s = npt.NDArray[np.uint64]
 Int32s = npt.NDArray[np.int32]
 Int64s = npt.NDArray[np.int64]
 
+CharacterTable = tuple[Uint32s, Int32s, Int32s, Uint8s, int, bool]  # characters.Table
+
 MAX_WORDS = 200_000  # a signature covers the first MAX_WORDS words (about 1.2 MB of English); sets cover all
+ONE = 1 << 13  # characters of one byte in Table.short, behind those of two
 COPY, ALONE = -1, -2  # how a character folds when it has no entry: as it is; as it is, a word of its own
 EMPTY = np.uint32(0xFFFFFFFF)  # datasketch's value of a slot that has seen nothing
 WORD, SHINGLE, MINHASH = (np.uint64(k) for k in (0x9E3779B97F4A7C15, 0xD6E8FEB86659FD93, 0xA0761D6478BD642F))
 
 _SPACE = 32
+_WIDE = np.uint64(0x8080808080808080)  # in eight bytes, of those that are not ASCII
 _BLOCK = blocks.BLOCK  # bytes, and shingles, that are worked on together
+_ROOM = 1 << 20  # bytes of a folded document for which none are counted before
 _STRETCH = 1 << 14  # bytes of a document whose words are found at a time: their edges stay in cache
 
 _LANES = ir.VectorType(blocks.I32, 16)
@@ -53,6 +58,17 @@ def _load8(typing: Any, data: Any, at: Any) -> Any:
         return blocks.load(context, builder, signature.args[0], args[0], args[1], blocks.I64)
 
     return types.uint64(data, types.int64), build
+
+
+@intrinsic
+def _store4(typing: Any, text: Any, at: Any, value: Any) -> Any:
+    """text[at:at + 4] = a little-endian uint32."""
+
+    def build(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        blocks.store(context, builder, signature.args[0], args[0], args[1], args[2])
+        return context.get_dummy_value()
+
+    return types.void(text, types.int64, types.uint32), build
 
 
 @intrinsic
@@ -137,7 +153,7 @@ def _least(typing: Any, hashes: Any, count: Any, factor: Any, term: Any) -> Any:
 def sign_documents(
     data: Uint8s,
     offsets: Int64s,
-    table: tuple[Uint8s, Int32s, Int32s, Uint8s, int, bool],
+    table: CharacterTable,
     ngram: int,
     a: Uint32s,
     b: Uint32s,
@@ -145,7 +161,7 @@ def sign_documents(
     num_shingles: Int32s,
 ) -> None:
     """Row i of `signatures` and of `num_shingles` from document i; rows without a shingle keep what they hold."""
-    text, edges = np.empty(_STRETCH, np.uint8), np.empty(_STRETCH + 2 * _BLOCK, np.int32)
+    text, edges = np.empty(_ROOM, np.uint8), np.empty(_STRETCH + 2 * _BLOCK, np.int32)
     hashes, mixed = np.empty(MAX_WORDS, np.uint64), np.empty(MAX_WORDS + _BLOCK, np.uint32)
     for doc in range(len(offsets) - 1):
         text = _roomy(text, data, offsets[doc], offsets[doc + 1], table)
@@ -171,13 +187,13 @@ def shingle_documents(text: Uint8s, offsets: Int64s, ngram: int, hashes: Uint64s
 def squeeze_documents(
     data: Uint8s,
     offsets: Int64s,
-    table: tuple[Uint8s, Int32s, Int32s, Uint8s, int, bool],
+    table: CharacterTable,
     out: Uint8s,
     out_offsets: Int64s,
 ) -> None:
     """Document i folded into out[out_offsets[i]:out_offsets[i + 1]], single spaces between its words.
     `out` needs two blocks more."""
-    text, to = np.empty(_STRETCH, np.uint8), 0
+    text, to = np.empty(_ROOM, np.uint8), 0
     for doc in range(len(offsets) - 1):
         text = _roomy(text, data, offsets[doc], offsets[doc + 1], table)
         num_bytes = _fold(data, offsets[doc], offsets[doc + 1], table, text)
@@ -240,41 +256,47 @@ def sets_jaccard(hashes: Uint64s, starts: Int64s, ends: Int64s, a: int, b: int) 
 
 
 @nb.njit(nogil=True, cache=True)
-def _roomy(
-    text: Uint8s, data: Uint8s, lo: int, hi: int, table: tuple[Uint8s, Int32s, Int32s, Uint8s, int, bool]
-) -> Uint8s:
+def _roomy(text: Uint8s, data: Uint8s, lo: int, hi: int, table: CharacterTable) -> Uint8s:
     """`text`, or a larger one where data[lo:hi] folded might not fit. Pages that are not written cost nothing."""
+    if (hi - lo) * (1 + table[4]) + 3 * _BLOCK <= len(text):
+        return text
     needed = hi - lo + count_wide(data, lo, hi) * table[4] + 3 * _BLOCK
     return text if needed <= len(text) else np.empty(2 * needed, np.uint8)
 
 
 @nb.njit(nogil=True, cache=True)
-def _fold(data: Uint8s, lo: int, hi: int, table: tuple[Uint8s, Int32s, Int32s, Uint8s, int, bool], text: Uint8s) -> int:
+def _fold(data: Uint8s, lo: int, hi: int, table: CharacterTable, text: Uint8s) -> int:
     """data[lo:hi] folded into `text`, words apart by one or more spaces; returns how many bytes."""
-    ascii_map, entry_of, starts, blob, _, symbols = table
+    short, entry_of, starts, blob, _, symbols = table
     i, k, last_block = lo, 0, len(data) - _BLOCK
     while i < hi:
         if i <= last_block:
             plain = min(trailing_zeros(_fold_block(data, i, text, k, symbols)), hi - i)
             i += plain
             k += plain
-        # One by one up to the next ASCII that a block is worth: not a space between two words of another script.
+        # One by one up to eight ASCII characters in a row.
         while i < hi:
+            while i <= last_block:
+                eight = _load8(data, i)
+                lead = np.int64(eight & np.uint64(0xFF))
+                wide = lead >> 7
+                two = ((lead & 0x7F) << 6) | np.int64((eight >> np.uint64(8)) & np.uint64(0x3F))
+                form = short[(lead + ONE) ^ (((lead + ONE) ^ two) & -wide)]  # no branch on what is hard to predict
+                if not (eight & _WIDE) or not form or i + wide >= hi:
+                    break
+                _store4(text, k, form)
+                k += form >> 24
+                i += 1 + wide
+            if i >= hi:
+                break
             byte = data[i]
             if byte < 0x80:
-                if i <= last_block and not (i + 1 < hi and data[i + 1] >= 0x80):
+                if i <= last_block:
                     break
-                text[k] = ascii_map[byte]
+                text[k] = np.uint8(short[ONE + byte])
                 i += 1
                 k += 1
                 continue
-            if 0xC2 <= byte < 0xE0 and i + 1 < hi:
-                follower = data[i + 1]
-                if entry_of[((byte & 0x1F) << 6) | (follower & 0x3F)] == COPY:  # most letters of two bytes
-                    text[k], text[k + 1] = byte, follower
-                    i += 2
-                    k += 2
-                    continue
             point, width = _code_point(data, i, hi)
             entry = entry_of[point]
             if entry == ALONE:
