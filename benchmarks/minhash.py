@@ -26,6 +26,7 @@ from curation import overlap
 NUM_PERM, WORKERS = 128, 2
 LIBRARIES = {  # name: environment
     "datasketch": "minhash",
+    "datasketch_affine32": "minhash",
     "rensa": "minhash",
     "daft": "minhash",
     "daft_normalised": "minhash",
@@ -33,7 +34,7 @@ LIBRARIES = {  # name: environment
     "datatrove_split": "datatrove",
 }
 SLOW = ("datatrove", "datatrove_split")  # one core and Latin letters are enough
-WANTED = {"daft": 4, "rensa": 13, "datasketch": 50}
+WANTED = {"daft": 4, "rensa": 13, "datasketch": 50, "datasketch_affine32": 50}
 CYRILLIC = str.maketrans(
     "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ", "абцдефгхийклмнопярстувщыжзАБЦДЕФГХИЙКЛМНОПЯРСТУВЩЫЖЗ"
 )

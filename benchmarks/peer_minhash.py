@@ -23,13 +23,19 @@ def shingles(text: str) -> list[str]:
     return list(map(" ".join, zip(*(words[k:] for k in range(NGRAM)))))  # noqa: B905 - the tails are shorter
 
 
-def datasketch(texts: list[str]) -> np.ndarray:
-    import xxhash
+def datasketch(texts: list[str], **settings: object) -> np.ndarray:
+    """In batches, with what it has by default."""
     from datasketch import MinHash
 
     rows = ([shingle.encode() for shingle in shingles(text)] for text in texts)
-    settings = {"num_perm": NUM_PERM, "hashfunc": xxhash.xxh32_intdigest, "scheme": "affine32"}
-    return np.stack([sketch.hashvalues for sketch in MinHash.generator(rows, **settings)])
+    return np.stack([sketch.hashvalues for sketch in MinHash.generator(rows, num_perm=NUM_PERM, **settings)])
+
+
+def datasketch_affine32(texts: list[str]) -> np.ndarray:
+    """Its fastest scheme, with a faster hash."""
+    import xxhash
+
+    return datasketch(texts, hashfunc=xxhash.xxh32_intdigest, scheme="affine32")
 
 
 def rensa(texts: list[str]) -> np.ndarray:
@@ -81,7 +87,8 @@ def datatrove_split(texts: list[str]) -> np.ndarray:
 
 
 LIBRARIES: dict[str, Callable[[list[str]], np.ndarray]] = {
-    one.__name__: one for one in (datasketch, rensa, daft, daft_normalised, datatrove, datatrove_split)
+    one.__name__: one
+    for one in (datasketch, datasketch_affine32, rensa, daft, daft_normalised, datatrove, datatrove_split)
 }
 OWN_THREADS = ("daft", "daft_normalised")
 

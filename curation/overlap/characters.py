@@ -99,13 +99,12 @@ def _table(form_of: Callable[[str], str], chars: list[str], visible: str, unknow
     encoded = [form.encode() for form in entries]
     short = np.zeros(ONE + 0x80, np.uint32)
     for c in range(0x800):
-        if entry_of[c] != ALONE:
-            own = chr(c).encode()
-            form = (
-                form_of(chr(c).lower()).encode() if c < 0x80 else own if entry_of[c] == COPY else encoded[entry_of[c]]
-            )
-            if len(form) <= 3:
-                where = ONE + c if c < 0x80 else (own[0] & 0x7F) << 6 | own[1] & 0x3F
-                short[where] = int.from_bytes(form, "little") | len(form) << 24
+        own, entry = chr(c).encode(), entry_of[c]
+        if c < 0x80:
+            where, folded = ONE + c, form_of(chr(c).lower()).encode()
+        else:
+            where, folded = (own[0] & 0x7F) << 6 | own[1] & 0x3F, own if entry == COPY else encoded[entry]
+        if entry != ALONE and len(folded) <= 3:
+            short[where] = int.from_bytes(folded, "little") | len(folded) << 24
     starts = np.concatenate([[0], np.cumsum([len(e) for e in encoded])]).astype(np.int32)
     return Table(short, entry_of, starts, np.frombuffer(b"".join(encoded), np.uint8), most, unknown is None)

@@ -286,7 +286,7 @@ def _fold(data: Uint8s, lo: int, hi: int, table: CharacterTable, text: Uint8s) -
                     break
                 _store4(text, k, form)
                 k += form >> 24
-                i += 1 + wide
+                i += 1 + int(wide)
             if i >= hi:
                 break
             byte = data[i]
