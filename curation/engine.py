@@ -4,8 +4,7 @@ A run is a few short Ray Data executions over items (splits, parts, partitions, 
 data itself goes through files, so that every task can be repeated and nothing passes through
 the object store but chunks of inputs that are so large that one task decompresses them for all.
 Warm, an execution costs 0.1 s and 20 ms of CPU for each of its tasks (two thirds of that in the
-driver), so items are sent in at most TASKS_PER_CPU tasks for each CPU; a local session takes
-3-10 s to start.
+driver), so items are sent in few tasks for each CPU; a local session takes 3-10 s to start.
 """
 
 import contextlib
@@ -31,7 +30,9 @@ _QUIET = {
     "RAY_DATA_DISABLE_PROGRESS_BARS": "1",
 }
 _OBJECT_STORE_BYTES = 1 << 30  # a local session holds a few chunks at a time
-TASKS_PER_CPU, PIECES_PER_CPU = 8, 64  # most of one execution: more balance better, fewer cost less
+# Tasks of one execution: more balance better, fewer cost less. A worker idles 25 ms between two of them.
+TASKS_PER_CPU, PIECES_PER_CPU = (2, 8), 64
+ITEMS_PER_TASK = 4  # as long as that leaves TASKS_PER_CPU
 _IMPORTS = ("ray.data", "curation.steps")  # what a worker of a local session needs at once
 _POLL_SECONDS = 0.02  # of Ray Data's loop in the driver, whose steps take 1 ms
 
@@ -161,7 +162,7 @@ class Engine:
         if not items:
             return
         self.start()
-        blocks = _blocks(items, self._num_cpus() * TASKS_PER_CPU)
+        blocks = _blocks(items, _num_tasks(len(items), self._num_cpus()))
         dataset = _dataset(blocks).map_batches(_each, fn_kwargs={"function": function}, **self._options(1, len(blocks)))
         yield from self._results([dataset], label, len(items))
 
@@ -277,6 +278,11 @@ def _wait_less() -> None:
 
         resource_manager.ResourceManager.GLOBAL_LIMITS_UPDATE_INTERVAL_S = _POLL_SECONDS
         streaming_executor_state.WAIT_FOR_TASK_COMPLETION_TIMEOUT_S = _POLL_SECONDS
+
+
+def _num_tasks(num_items: int, cpus: int) -> int:
+    least, most = (cpus * count for count in TASKS_PER_CPU)
+    return min(max(num_items // ITEMS_PER_TASK, least), most)
 
 
 def _blocks(items: Sequence[Item], most: int) -> list[Sequence[Item]]:

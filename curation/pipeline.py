@@ -201,7 +201,9 @@ def _tokenise(run: _Run, names: list[str], spec: TokenizerSpec) -> TokenizerSpec
             name: fingerprint(["tokenise", *identity, ingested[name], [f["sha256"] for f in clusters[name]]])
             for name in names
         }
+        sizes = {part["name"]: part["counts"]["bytes"] for part in run.stages["ingest"]["parts"]}
         stale = [name for name in names if not folder.current(TOKENS, name, chains[name])]
+        stale.sort(key=lambda name: -sizes[name])
         if stale:
             sample = folder.read(f"{DOCUMENTS}/{stale[0]}.parquet", ["text"])["text"][:200].to_pylist()
             spec = tokenise.check_fastokens(spec, sample)

@@ -13,7 +13,8 @@ Result = TypeVar("Result")
 
 
 class Mapper(Protocol):
-    """Runs `function` on every item, in any order and process, and yields the results in any order."""
+    """Runs `function` on every item, in any order and process, and yields the results in any order. Items whose work
+    differs come largest first: they are dealt out in that order."""
 
     def __call__(self, function: Callable[[Item], Result], items: Sequence[Item], label: str) -> Iterator[Result]: ...
 

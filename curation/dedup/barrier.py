@@ -86,29 +86,25 @@ def cluster(
     `section.alarm_fraction`.
     """
     names = sorted(part_names)
-    before = [(e.run, name) for e in earlier for name in e.parts]
-    work = _plan(run, names, before, section, chain, sizes)
-    parts = [PartTask(work, index, name) for index, name in enumerate(names)]
-    others = [PartTask(work, len(names) + k, name, of) for k, (of, name) in enumerate(before)]
+    every = [(run, name) for name in names] + [(e.run, name) for e in earlier for name in e.parts]
+    counts_of = [_num_rows(of.path(SIGNATURES, f"{name}.parquet")) for of, name in every]
+    partitions = [max(1, -(-count // sizes.rows)) for count in (sum(counts_of), sum(counts_of) * section.bands)]
+    work = Work(run, section, chain, len(names), *partitions)
+    tasks = [
+        PartTask(work, index, name, count, None if of is run else of)
+        for index, ((of, name), count) in enumerate(zip(every, counts_of, strict=True))
+    ]
+    parts, others = tasks[: len(names)], tasks[len(names) :]
     storage.remove(run.path(WORK))
     try:
         if parts:
             _settle(work, parts, others, mapper, sizes)
         counts: Counter[str] = Counter()
-        for part in _map(mapper, write_part, parts, "write clusters"):
+        for part in _map(mapper, write_part, _largest_first(parts), "write clusters"):
             counts.update(part.counts)
     finally:
         storage.remove(run.path(WORK))
     return Outcome(**{field.name: counts[field.name] for field in fields(Outcome)})
-
-
-def _plan(
-    run: RunFolder, names: list[str], before: list[tuple[RunFolder, str]], section: Dedup, chain: str, sizes: Sizes
-) -> Work:
-    every = [(run, name) for name in names] + before
-    num_rows = sum(_num_rows(of.path(SIGNATURES, f"{name}.parquet")) for of, name in every)
-    partitions = [max(1, -(-count // sizes.rows)) for count in (num_rows, num_rows * section.bands)]
-    return Work(run, section, chain, len(names), *partitions)
 
 
 def _num_rows(path: str) -> int:
@@ -118,7 +114,8 @@ def _num_rows(path: str) -> int:
 
 def _settle(work: Work, parts: list[PartTask], others: list[PartTask], mapper: Mapper, sizes: Sizes) -> None:
     """All rounds up to who is kept, quarantine and alarm. `others` are of earlier runs."""
-    total: Removed = sum(_map(mapper, rows.scatter_part, [*parts, *others], "read signatures"), Counter())
+    every = _largest_first([*parts, *others])
+    total: Removed = sum(_map(mapper, rows.scatter_part, every, "read signatures"), Counter())
     partitions = [PartitionTask(work, k) for k in range(work.num_partitions)]
     removed: Removed = Counter()
     rejecting: set[int] = set()
@@ -131,7 +128,7 @@ def _settle(work: Work, parts: list[PartTask], others: list[PartTask], mapper: M
     if num_links:
         num_texts = components.label(work, num_links, sizes.links, mapper)
         num_bins = -(-num_texts // sizes.documents)
-        ships = [near.ShipTask(part, num_bins) for part in [*parts, *others]]
+        ships = [near.ShipTask(part, num_bins) for part in every]
         _drain(_map(mapper, near.ship_part, ships, "gather candidates"))
         bins = [PartitionTask(work, k) for k in range(num_bins)]
         removed += sum(_map(mapper, near.settle_bin, bins, "near-duplicates"), Counter())
@@ -142,6 +139,10 @@ def _settle(work: Work, parts: list[PartTask], others: list[PartTask], mapper: M
 def _map(mapper: Mapper, function: Callable[[Item], Result], items: Sequence[Item], label: str) -> Iterator[Result]:
     """One item is done here: a small corpus is spared most of an engine's rounds."""
     return iter([function(items[0])]) if len(items) == 1 else mapper(function, items, label)
+
+
+def _largest_first(parts: list[PartTask]) -> list[PartTask]:
+    return sorted(parts, key=lambda part: -part.num_rows)
 
 
 def _drain(results: Iterator[object]) -> None:

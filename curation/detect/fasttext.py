@@ -27,7 +27,7 @@ from curation.detect.folded import (
     window_logits,
     window_ranges,
 )
-from curation.detect.normalise import normalise
+from curation.detect.normalise import Bytes, normalise
 from curation.errors import UserError
 from curation.schema import STANCES
 
@@ -55,7 +55,11 @@ class Detector:
 
     def predict(self, texts: pa.Array) -> np.ndarray:
         """float32[n, 5]: probability of each of schema.STANCES for each text; rows sum to 1."""
-        logits_WC, bounds = self._windows(texts)
+        return self.predict_normalised(normalise(texts))
+
+    def predict_normalised(self, normalised: Bytes) -> np.ndarray:
+        """`predict` of what `normalise` made of the texts."""
+        logits_WC, bounds = window_logits(self._model, *normalised, WINDOW_WORDS)
         return combine_windows(softmax(logits_WC), bounds)
 
     def explain(self, text: str, limit: int = 20) -> list[Span]:
@@ -73,10 +77,6 @@ class Detector:
         firsts, lasts, _ = window_ranges(found.bounds, WINDOW_WORDS)
         characters = character_of_byte(text)
         return evidence(self._model, found, firsts[window], lasts[window], direction_C, characters, limit)
-
-    def _windows(self, texts: pa.Array) -> tuple[np.ndarray, np.ndarray]:
-        data, offsets = normalise(texts)
-        return window_logits(self._model, data, offsets, WINDOW_WORDS)
 
 
 def num_top_windows(num_windows: np.ndarray) -> np.ndarray:

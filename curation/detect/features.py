@@ -65,6 +65,18 @@ class Features(NamedTuple):
     eos_hash: np.uint32
 
 
+class Words(NamedTuple):
+    """What stands between separators in a batch; document i has those from bounds[i] to bounds[i + 1]. Arrays but
+    `bounds` go on behind them."""
+
+    data: np.ndarray  # uint8
+    keys: np.ndarray  # uint64, see `_keys`
+    hashes: np.ndarray  # uint32: FNV-1a as fastText has it
+    starts: np.ndarray  # uint64: first byte in `data`
+    ends: np.ndarray  # uint64
+    bounds: np.ndarray  # int64
+
+
 class Tokens(NamedTuple):
     """Tokens of a batch; document i has those from bounds[i] to bounds[i + 1]."""
 
@@ -91,7 +103,7 @@ def features(
     """The dictionary, ready for look-ups."""
     slots = _slots(vocabulary, bounds)
     eos, length = np.frombuffer(_EOS, np.uint8), np.uint64(len(_EOS))
-    eos_hash, bucket = _fnv(eos), max(1, bucket)
+    eos_hash, bucket = fnv(eos), max(1, bucket)
     eos_id = int(slots[2 * int(_slot(eos, _NO, length, eos_hash, _EOS_KEY, slots, vocabulary, bounds)) + 1]) - 1
     return Features(
         vocabulary, bounds, slots, num_words, ngrams, bucket, _inverse(bucket), minn, maxn,
@@ -109,17 +121,23 @@ def batches(offsets: np.ndarray) -> Iterator[tuple[int, int]]:
         first = last
 
 
-def tokens(model: Features, data: np.ndarray, offsets: np.ndarray) -> Tokens:
-    """The tokens of the documents data[offsets[i]:offsets[i + 1]]."""
+def words(data: np.ndarray, offsets: np.ndarray) -> Words:
+    """The words of the documents data[offsets[i]:offsets[i + 1]]."""
     start, end = int(offsets[0]), int(offsets[-1])
     data, eight = _readable(data[start:end])
     most = (end - start) // 2 + len(offsets) + int(_AHEAD)
     hashes, starts, ends = np.empty(most, np.uint32), np.empty(most, np.uint64), np.empty(most, np.uint64)
     bounds = _split(data, offsets - start, _SEPARATORS, starts, ends)
+    return Words(data, _hash(data, eight, starts, ends, hashes, int(bounds[-1])), hashes, starts, ends, bounds)
+
+
+def tokens(model: Features, data: np.ndarray, offsets: np.ndarray) -> Tokens:
+    """The tokens of the documents data[offsets[i]:offsets[i + 1]]."""
+    data, keys, hashes, starts, ends, bounds = words(data, offsets)
     count = int(bounds[-1])
-    keys, ids = _hash(data, eight, starts, ends, hashes, count), np.empty(count, np.int32)
-    words = model.slots, model.vocabulary, model.bounds, model.num_words
-    if _identify(data, keys, hashes, starts, ends, ids, count, *words):
+    ids = np.empty(count, np.int32)
+    dictionary = model.slots, model.vocabulary, model.bounds, model.num_words
+    if _identify(data, keys, hashes, starts, ends, ids, count, *dictionary):
         _drop(keys, hashes, starts, ends, ids, bounds)
     kept = bounds[-1]
     return Tokens(data, hashes[:kept], ids[:kept], starts[:kept].view(np.int64), ends[:kept].view(np.int64), bounds)
@@ -244,7 +262,8 @@ def _readable(data: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 @njit(cache=True, nogil=True)
-def _fnv(word: np.ndarray) -> np.uint32:
+def fnv(word: np.ndarray) -> np.uint32:
+    """FNV-1a of bytes, sign-extended as fastText has them."""
     value = _FNV_OFFSET
     for byte in word:
         value = _hashed(value, byte)

@@ -5,6 +5,7 @@ import pyarrow as pa
 from curation import manifest
 from curation.detect.blocklist import Blocklist
 from curation.detect.fasttext import Detector
+from curation.detect.normalise import normalise
 from curation.recipe import Detect
 from curation.schema import LABEL, STANCES
 
@@ -12,9 +13,9 @@ from curation.schema import LABEL, STANCES
 def label_table(documents: pa.Table, section: Detect) -> pa.Table:
     """schema.LABEL for the columns `id` and `text` of `documents`, row by row. Pure: the model and
     the blocklist are loaded once a process."""
-    texts = documents["text"].combine_chunks()
-    probability = Detector.load(section.fasttext.model).predict(texts)
-    flagged, hits = Blocklist.load(section.blocklist).scan(texts)
+    normalised = normalise(documents["text"])
+    probability = Detector.load(section.fasttext.model).predict_normalised(normalised)
+    flagged, hits = Blocklist.load(section.blocklist).scan_normalised(normalised)
     discourse = 1 - probability[:, 0]
     columns = {
         "id": documents["id"].combine_chunks(),
