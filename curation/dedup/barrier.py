@@ -52,6 +52,7 @@ from curation.recipe import Dedup
 from curation.stage import Item, Mapper, Result
 
 REJECTS_PART = "duplicate-ids"  # a part of 30_dedup with the file quarantine/duplicate-ids.parquet, when there are any
+_BINS, _BIN_DOCUMENTS = 8, 2_000
 ALARM_DOCUMENTS = 100  # a source or stance of fewer documents raises no alarm
 
 
@@ -127,7 +128,8 @@ def _settle(work: Work, parts: list[PartTask], others: list[PartTask], mapper: M
     num_links = sum(_map(mapper, near.link_buckets, band_partitions, "near-duplicate candidates"))
     if num_links:
         num_texts = components.label(work, num_links, sizes.links, mapper)
-        num_bins = -(-num_texts // sizes.documents)
+        # Few candidates are cut into smaller bins too, for the CPUs to share.
+        num_bins = max(-(-num_texts // sizes.documents), min(_BINS, -(-num_texts // _BIN_DOCUMENTS)))
         ships = [near.ShipTask(part, num_bins) for part in every]
         _drain(_map(mapper, near.ship_part, ships, "gather candidates"))
         bins = [PartitionTask(work, k) for k in range(num_bins)]

@@ -34,7 +34,7 @@ class Sizes:
     """How much one task takes on; results do not depend on it."""
 
     rows: int = 2_000_000  # rows of a partition
-    documents: int = 5_000  # documents of a bin, with texts, signatures and shingle hashes: 2.5 times their text
+    documents: int = 20_000  # documents of a bin, with texts, signatures and shingle hashes: 2.5 times their text
     links: int = 8_000_000  # of all partitions, whose components are found in one place
 
 
