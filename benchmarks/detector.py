@@ -6,10 +6,15 @@ FOLDER (default: ../shared beside the repository) holds labels/labelled.jsonl (b
 labels/hard.jsonl (with text) and corpus/*.jsonl.zst. Each sample is reported by itself, since
 their rates differ, and the five stances (the most probable one; no AI discourse is unrelated) over
 labelled.jsonl; brackets are 95 % bootstrap intervals over documents.
+
+*False alarms*: of the corpus's documents of each domain that have none of AI_WORDS, which AI texts use, and gave the
+default model no passage, the share that is called discourse. That needs no label: nearly all of these decisions are
+wrong.
 """
 
 import argparse
 import json
+import re
 import sys
 from collections.abc import Callable
 from dataclasses import asdict
@@ -28,6 +33,13 @@ from curation.records import read_records
 from curation.schema import STANCES
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
+PASSAGES = Path(__file__).resolve().parents[1] / "examples/labels/passages.jsonl"
+AI_WORDS = re.compile(
+    r"\b(a\.?i|artificial|intelligen\w*|robot\w*|android\w*|cyborg\w*|automat\w*|machine\w*|comput\w*|"
+    r"program\w*|algorithm\w*|neural|network\w*|gpt\w*|chatgpt|llms?|chatbots?|bots?|models?|learning|agents?|"
+    r"aligned|alignment|misalign\w*|turing|asimov|hal|singularity|conscious\w*|sentien\w*|mind|minds)\b",
+    re.IGNORECASE,
+)
 THRESHOLD = 0.5
 FIGURES: dict[str, Callable[[np.ndarray, np.ndarray], float]] = {
     "precision": metrics.precision,
@@ -82,6 +94,21 @@ def stances(shared: Path) -> dict[str, Any]:
     return asdict(agreement(truth, pl.Series([STANCES[k] for k in probability.argmax(axis=1)])))
 
 
+def false_alarms(shared: Path) -> dict[str, dict[str, float]]:
+    """Of each domain the documents without any of AI_WORDS, and the share of them that is called discourse."""
+    texts: dict[str, list[str]] = {}
+    trained = {record["id"] for _, record in read_records(str(PASSAGES))}
+    for path in sorted((shared / "corpus").glob("*.jsonl.zst")):
+        for _, r in read_records(str(path)):
+            if r["id"] not in trained and not AI_WORDS.search(r["text"]):
+                texts.setdefault(r["domain"], []).append(r["text"])
+    rows = {}
+    for domain, found in texts.items():
+        p_discourse = 1 - Detector.load().predict(pa.array(found, pa.large_string()))[:, 0]
+        rows[domain] = {"documents": len(found), "share": float((p_discourse >= THRESHOLD).mean())}
+    return rows
+
+
 def report(shared: Path) -> dict[str, Any]:
     found = samples(shared)
     return {
@@ -93,6 +120,7 @@ def report(shared: Path) -> dict[str, Any]:
             for name, (texts, truth) in found.items()
         },
         "stances": stances(shared),
+        "false_alarms": false_alarms(shared),
     }
 
 
@@ -108,6 +136,9 @@ def show(result: dict[str, Any]) -> None:
     print(f"\nfive stances: {five['num_documents']} documents")
     for name, row in rows.items():
         print(f"  {name:<22} {row['value']:.2f} [{row['low']:.2f}, {row['high']:.2f}]")
+    print("\nfalse alarms: called AI discourse without a word of AI")
+    for domain, row in result["false_alarms"].items():
+        print(f"  {domain:<22} {row['share']:6.1%} of {row['documents']:,}")
 
 
 def main() -> None:

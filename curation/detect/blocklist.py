@@ -84,7 +84,7 @@ class Blocklist:
         found = [np.zeros((0, 3), np.int64)]
         for first, last in features.batches(offsets):
             of_batch = _find(*features.words(data, offsets[first : last + 1]), *self._trie)
-            found.append(of_batch + [first, offsets[first], 0])
+            found.append(of_batch + np.array([first, offsets[first], 0]))
         documents, starts, term_of = np.concatenate(found).T
         starts = starts - offsets[documents]
         order = np.lexsort((term_of, starts, documents))
