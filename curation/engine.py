@@ -32,7 +32,7 @@ _QUIET = {
 _OBJECT_STORE_BYTES = 1 << 30  # a local session holds a few chunks at a time
 # Tasks of one execution: more balance better, fewer cost less. A worker idles 25 ms between two of them.
 TASKS_PER_CPU, PIECES_PER_CPU = (2, 8), 64
-ITEMS_PER_TASK = 4  # as long as that leaves TASKS_PER_CPU
+ITEMS_PER_TASK = 8  # as long as that leaves TASKS_PER_CPU
 _IMPORTS = ("ray.data", "curation.steps")  # what a worker of a local session needs at once
 _POLL_SECONDS = 0.02  # of Ray Data's loop in the driver, whose steps take 1 ms
 
@@ -138,7 +138,7 @@ class Engine:
         # One chunk a block: the next operator gets each as soon as it is there.
         context.target_max_block_size = 1 << 20
         context.memory_usage_poll_interval_s = None  # a thread in each task, for a statistic that nobody reads
-        _wait_less()
+        _wait_less(local)
         self.start_seconds = time.perf_counter() - began
 
     @property
@@ -269,15 +269,18 @@ class Engine:
                 yield result
 
 
-def _wait_less() -> None:
+def _wait_less(local: bool) -> None:
     """Two constants inside Ray Data 2.60, hence not there in every version. An execution is told what it may use by an
-    answer that it doesn't wait for and looks for again after a second: so long it has one task at a time. And its loop
-    sees what has ended after 0.1 s, twice for each task, while the worker idles."""
+    answer that it doesn't wait for (ray-project/ray#62725) and looks for again after a second: so long it has one task
+    at a time. And its loop sees what has ended after 0.1 s, twice for each task, while the worker idles; that stays so
+    on a cluster, whose driver has more to look at."""
     with contextlib.suppress(ImportError):
         from ray.data._internal.execution import resource_manager, streaming_executor_state
 
-        resource_manager.ResourceManager.GLOBAL_LIMITS_UPDATE_INTERVAL_S = _POLL_SECONDS
-        streaming_executor_state.WAIT_FOR_TASK_COMPLETION_TIMEOUT_S = _POLL_SECONDS
+        limits_seconds = _POLL_SECONDS if local else 10 * _POLL_SECONDS
+        resource_manager.ResourceManager.GLOBAL_LIMITS_UPDATE_INTERVAL_S = limits_seconds
+        if local:
+            streaming_executor_state.WAIT_FOR_TASK_COMPLETION_TIMEOUT_S = _POLL_SECONDS
 
 
 def _num_tasks(num_items: int, cpus: int) -> int:

@@ -52,7 +52,7 @@ class Settings:
     epoch: int = 15
     lr: float = 0.5
     wordNgrams: int = 2
-    minCount: int = 4
+    minCount: int = 5
     bucket: int = 64_000
 
 
