@@ -8,6 +8,7 @@ driver), so items are sent in few tasks for each CPU; a local session takes 3-10
 """
 
 import contextlib
+import functools
 import importlib
 import itertools
 import logging
@@ -270,15 +271,23 @@ class Engine:
 
 
 def _wait_less(local: bool) -> None:
-    """Two constants inside Ray Data 2.60, hence not there in every version. An execution is told what it may use by an
+    """Two waits inside Ray Data 2.60, hence not there in every version. An execution is told what it may use by an
     answer that it doesn't wait for (ray-project/ray#62725) and looks for again after a second: so long it has one task
     at a time. And its loop sees what has ended after 0.1 s, twice for each task, while the worker idles; that stays so
     on a cluster, whose driver has more to look at."""
     with contextlib.suppress(ImportError):
-        from ray.data._internal.execution import resource_manager, streaming_executor_state
+        from ray.data._internal.execution import streaming_executor_state
+        from ray.data._internal.execution.resource_manager import ResourceManager
 
-        limits_seconds = _POLL_SECONDS if local else 10 * _POLL_SECONDS
-        resource_manager.ResourceManager.GLOBAL_LIMITS_UPDATE_INTERVAL_S = limits_seconds
+        limits = getattr(ResourceManager.get_global_limits, "__wrapped__", ResourceManager.get_global_limits)
+
+        @functools.wraps(limits)
+        def limits_once_known(manager: Any) -> Any:
+            if not manager._global_limits.cpu:
+                manager._global_limits_last_update_time = 0
+            return limits(manager)
+
+        ResourceManager.get_global_limits = limits_once_known
         if local:
             streaming_executor_state.WAIT_FOR_TASK_COMPLETION_TIMEOUT_S = _POLL_SECONDS
 
