@@ -28,7 +28,10 @@ def run(argv: list[str], processes: int) -> int:
         "WORLD_SIZE": str(processes), "LOCAL_WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(port), "OMP_NUM_THREADS": threads,
     }  # fmt: skip
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # a scheduler's way to stop: end the others too
+    # A scheduler's way to stop: end the others too. Noted only, since an exception from within Popen would leave a
+    # process that nobody knows of.
+    asked_to_stop: list[int] = []
+    signal.signal(signal.SIGTERM, lambda number, _: asked_to_stop.append(number))
     children: list[subprocess.Popen[bytes]] = []
     said: list[IO[bytes] | None] = []
     try:
@@ -37,7 +40,7 @@ def run(argv: list[str], processes: int) -> int:
             environment = {**os.environ, **shared, "RANK": str(rank), "LOCAL_RANK": str(rank)}
             quiet = None if rank == 0 else subprocess.DEVNULL
             children.append(subprocess.Popen(argv, env=environment, stdout=quiet, stderr=said[-1]))
-        while True:
+        while not asked_to_stop:
             codes = [child.poll() for child in children]
             failed = next((rank for rank, code in enumerate(codes) if code), None)
             if failed is not None:
@@ -45,6 +48,7 @@ def run(argv: list[str], processes: int) -> int:
             if all(code == 0 for code in codes):
                 return 0
             time.sleep(POLL_S)
+        sys.exit(143)
     finally:
         _end(children)
         for handle in said:

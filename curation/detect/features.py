@@ -236,7 +236,7 @@ def _slots(vocabulary: np.ndarray, bounds: np.ndarray) -> np.ndarray:
 
 def _inverse(divisor: int) -> tuple[np.uint64, np.uint64]:
     """(magic, shift) by which n // divisor is ((n - high) / 2 + high) >> shift, where high is the upper half of
-    n * magic, for every n of 64 bits; not for 1 (Robison 2005, N-bit unsigned division via N-bit multiply-add)."""
+    n * magic, for every n of 64 bits; not for 1 (Granlund and Montgomery 1994, Division by invariant integers)."""
     bits = divisor.bit_length() - 1
     if divisor == 1 << bits:
         return _NO, np.uint64(max(0, bits - 1))
