@@ -203,7 +203,6 @@ def _tokenise(run: _Run, names: list[str], spec: TokenizerSpec) -> TokenizerSpec
         }
         sizes = {part["name"]: part["counts"]["bytes"] for part in run.stages["ingest"]["parts"]}
         stale = [name for name in names if not folder.current(TOKENS, name, chains[name])]
-        stale.sort(key=lambda name: -sizes[name])
         if stale:
             sample = folder.read(f"{DOCUMENTS}/{stale[0]}.parquet", ["text"])["text"][:200].to_pylist()
             spec = tokenise.check_fastokens(spec, sample)
@@ -214,6 +213,7 @@ def _tokenise(run: _Run, names: list[str], spec: TokenizerSpec) -> TokenizerSpec
         spec = replace(spec, path=folder.path("tokenizer.json"))
         if stale or not storage.exists(spec.path):
             storage.commit_bytes(spec.path, raw)
+        stale.sort(key=lambda name: -sizes[name])
         items = [steps.TokenItem(folder, name, chains[name], spec) for name in stale]
         for worked in run.engine.map(steps.tokenise_part, items, "tokenise"):
             _account(run, worked)
