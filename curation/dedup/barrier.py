@@ -52,7 +52,7 @@ from curation.recipe import Dedup
 from curation.stage import Item, Mapper, Result
 
 REJECTS_PART = "duplicate-ids"  # a part of 30_dedup with the file quarantine/duplicate-ids.parquet, when there are any
-_BINS, _BIN_DOCUMENTS = 8, 2_000
+_BINS, _BIN_DOCUMENTS = 8, 2_000  # up to so many bins of so many documents where one would do
 ALARM_DOCUMENTS = 100  # a source or stance of fewer documents raises no alarm
 
 

@@ -1,7 +1,7 @@
 """Connected components of links, in one place while they fit, else by rounds of tasks.
 
 Up to `Sizes.links` links scipy labels them at once. They are read partition by partition, and what is held of
-them is what differs: a link that many bands found counts once, 40 bytes for each and 30 for each text. Beyond that,
+them is what differs: a link that many bands found counts once. Beyond that,
 alternating large-star and small-star (Kiveris et al. 2014, Connected Components in MapReduce and
 Beyond): large-star ties the larger neighbours of each text to its smallest one, small-star its
 smaller ones; when neither changes a link, every text is tied to the smallest of its component.

@@ -461,7 +461,7 @@ def _slot(
         slots[slot << _YES] != key
         or (
             length > _SIXTEEN
-            and not _same(data, start, length, vocabulary, word_bounds, np.int64(slots[(slot << _YES) + _YES]) - 1)
+            and not same(data, start, length, vocabulary, word_bounds, np.int64(slots[(slot << _YES) + _YES]) - 1)
         )
     ):
         slot = (slot + _YES) & mask
@@ -469,9 +469,10 @@ def _slot(
 
 
 @njit(cache=True, nogil=True)
-def _same(
+def same(
     data: np.ndarray, start: np.uint64, length: np.uint64, vocabulary: np.ndarray, bounds: np.ndarray, word: int
 ) -> bool:
+    """Whether data[start:][:length] is the word of this number."""
     first = np.uint64(bounds[word])
     if np.uint64(bounds[word + 1]) - first != length:
         return False
@@ -613,7 +614,7 @@ def _sum_rows(
         for first in range(_NO, width, part):
             for at in range(start, eights, np.uint64(EIGHT)):
                 for ahead in range(at + _AHEAD, at + _AHEAD + np.uint64(EIGHT)):
-                    prefetch(table, width * np.uint64(np.uint32(rows[ahead])))
+                    prefetch(table, width * np.uint64(np.uint32(rows[ahead])) + first)
                 _add_rows(table, rows, at, total, width, first, line * width + first, lanes)
         for at in range(eights, stop):
             prefetch(table, width * np.uint64(np.uint32(rows[at + _AHEAD])))

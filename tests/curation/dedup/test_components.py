@@ -55,3 +55,11 @@ def test_a_long_chain_takes_few_rounds(tmp_path, most_links, monkeypatch):
     nodes = [int(n) for n in np.random.RandomState(0).permutation(300)]
     found = labelled(tmp_path, list(itertools.pairwise(nodes)), most_links)
     assert set(found.values()) == {0}
+
+
+@given(st.lists(st.lists(st.integers(0, 40) | st.integers(0, 2**64 - 1), max_size=30), max_size=8))
+def test_distinct_values_of_all_parts(parts):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(components, "_WAITING", 5)  # so that few values are merged many times
+        found = components._distinct(np.array(part, np.uint64) for part in parts)
+    assert found.tolist() == sorted({value for part in parts for value in part})
