@@ -35,7 +35,9 @@ class Watched(RayBTSMinhashDeduplicator):
 def main(source: str, out: str, workers: str, kind: str) -> None:
     with tempfile.TemporaryDirectory() as folder:
         os.chdir(folder)
-        ray.init(num_cpus=int(workers), include_dashboard=False, log_to_driver=False)
+        began = time.time()
+        ray.init(address="local", num_cpus=int(workers), include_dashboard=False, log_to_driver=False)
+        start_ray = time.time() - began
         operator = (Watched if kind == "python" else RayBTSMinhashCppDeduplicator)(**SETTINGS, work_dir=folder)
         files = [str(path) for path in sorted(Path(source).iterdir())]
         dataset = ray.data.read_json(files, file_extensions=None).select_columns(["id", "text"])
@@ -52,7 +54,7 @@ def main(source: str, out: str, workers: str, kind: str) -> None:
                     head = operator.parents[head]
                 removed[ids[uid]] = ids[head]
     Path(out).write_text(json.dumps(removed))
-    print(json.dumps({"kept": len(kept), "seconds": seconds}))
+    print(json.dumps({"kept": len(kept), "seconds": seconds, "start_ray": start_ray}))
 
 
 if __name__ == "__main__":

@@ -61,7 +61,8 @@ def main(source: str, out: str, workers: str) -> None:
     with open(out, "w") as file:
         json.dump({own[one]: own[kept] for one, kept in pairs if one != kept}, file)
     read, clustered = (round(b - a, 2) for a, b in pairwise(laps))
-    print(json.dumps({"documents": len(own), "seconds": seconds, "read_and_sign": read, "cluster": clustered}))
+    found = {"start_ray": engine.start_seconds, "read_and_sign": read, "cluster": clustered}
+    print(json.dumps({"documents": len(own), "seconds": seconds, **found}))
 
 
 if __name__ == "__main__":

@@ -176,9 +176,9 @@ def effective_stance(documents: pa.Table, labels: pa.Table, read: pa.Table | Non
     return pl.DataFrame(table).select(stance=stance_expression(labelled=read is not None)).to_arrow()["stance"]
 
 
-def effective_discourse(documents: pa.Table, labels: pa.Table, read: pa.Table | None = None) -> pa.ChunkedArray:
-    """`discourse_expression` of row-aligned tables."""
+def effective_discourse(stance: pa.ChunkedArray, labels: pa.Table) -> pa.ChunkedArray:
+    """`discourse_expression` of a row-aligned `effective_stance` and LABEL rows."""
     import polars as pl
 
-    table = pa.table([effective_stance(documents, labels, read), labels["discourse"]], ["stance", "discourse"])
+    table = pa.table([stance, labels["discourse"]], ["stance", "discourse"])
     return pl.DataFrame(table).select(discourse=discourse_expression("stance")).to_arrow()["discourse"]

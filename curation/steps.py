@@ -164,7 +164,7 @@ def finish_split(reading: Reading, names: list[str]) -> None:
 
 def _label_counts(documents: pa.Table, labels: pa.Table) -> dict[str, int]:
     stances = effective_stance(documents, labels)
-    discourse = effective_discourse(documents, labels)
+    discourse = effective_discourse(stances, labels)
     by_stance = {f"stance:{s}": pc.sum(pc.equal(stances, s)).as_py() or 0 for s in STANCES}
     return {
         "documents": documents.num_rows,

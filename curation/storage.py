@@ -4,11 +4,12 @@ Local: temporary name in the same folder, fsync, rename, fsync of the folder.
 Object stores: one upload, which the store publishes when it is finished.
 """
 
+import contextlib
 import hashlib
 import os
 import tempfile
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO, BinaryIO, NamedTuple, cast
 
@@ -116,9 +117,8 @@ class _Hashing:
         return Committed(self._sha.hexdigest(), self.size_bytes)
 
 
-def commit(path: str, write: Callable[[BinaryIO], object], *, lasting: bool = True) -> Committed:
-    """Call `write(file)` and publish what it wrote as `path`, whole or not at all. Not `lasting`: for files that
-    are made again after a crash of the machine, without waiting for the disk."""
+def commit(path: str, write: Callable[[BinaryIO], object]) -> Committed:
+    """Call `write(file)` and publish what it wrote as `path`, whole or not at all."""
     fs, inner = filesystem(path)
     if not isinstance(fs, LocalFileSystem):
         # Written here first: closing a remote file publishes what is in it, also when `write` failed.
@@ -128,28 +128,46 @@ def commit(path: str, write: Callable[[BinaryIO], object], *, lasting: bool = Tr
             whole.flush()
             fs.put_file(whole.name, inner)
         return hashing.committed()
-    target = Path(inner)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    # A leading dot and .tmp: never listed as a part; `sweep` removes what a kill leaves.
-    temporary = target.with_name(f".{target.name}.{os.getpid()}.{uuid.uuid4().hex[:8]}.tmp")
-    try:
-        with open(temporary, "wb") as handle:
-            hashing = _Hashing(handle)
-            write(cast("BinaryIO", hashing))
-            handle.flush()
-            if lasting:
-                os.fsync(handle.fileno())
-        os.replace(temporary, target)
-    finally:
-        temporary.unlink(missing_ok=True)
-    if not lasting:
-        return hashing.committed()
-    folder = os.open(target.parent, os.O_RDONLY)
+    with _renamed_to(inner) as temporary, open(temporary, "wb") as handle:
+        hashing = _Hashing(handle)
+        write(cast("BinaryIO", hashing))
+        handle.flush()
+        os.fsync(handle.fileno())
+    folder = os.open(Path(inner).parent, os.O_RDONLY)
     try:
         os.fsync(folder)
     finally:
         os.close(folder)
     return hashing.committed()
+
+
+def commit_work(path: str, write: Callable[[pa.NativeFile], object]) -> None:
+    """Like `commit` for files of a stage's own work, which are made again after a crash: not hashed, and without
+    waiting for the disk."""
+    fs, inner = filesystem(path)
+    if not isinstance(fs, LocalFileSystem):
+        with tempfile.TemporaryDirectory() as folder:
+            whole = join(folder, "whole")
+            with pa.OSFile(whole, "wb") as file:
+                write(file)
+            fs.put_file(whole, inner)
+        return
+    with _renamed_to(inner) as temporary, pa.BufferedOutputStream(pa.OSFile(str(temporary), "wb"), 1 << 16) as file:
+        write(file)
+
+
+@contextlib.contextmanager
+def _renamed_to(inner: str) -> Iterator[Path]:
+    """A temporary name beside `inner`, which becomes `inner` when the block ends well."""
+    target = Path(inner)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    # A leading dot and .tmp: never listed as a part; `sweep` removes what a kill leaves.
+    temporary = target.with_name(f".{target.name}.{os.getpid()}.{uuid.uuid4().hex[:8]}.tmp")
+    try:
+        yield temporary
+        os.replace(temporary, target)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def commit_bytes(path: str, data: bytes) -> Committed:
@@ -187,14 +205,20 @@ def read_table(path: str, columns: list[str] | None = None) -> pa.Table:
         return file.read(columns, use_threads=False)
 
 
-def commit_ipc(path: str, table: pa.Table) -> Committed:
-    """Write `table` as an uncompressed Arrow IPC file, for readers that map it and touch few rows. Not `lasting`."""
+def commit_ipc(path: str, table: pa.Table) -> None:
+    """`commit_work` of `table` as an uncompressed Arrow IPC file, for readers that map it and touch few rows."""
 
-    def write(handle: BinaryIO) -> None:
-        with pa.ipc.new_file(handle, table.schema) as writer:
+    def write(file: pa.NativeFile) -> None:
+        with pa.ipc.new_file(file, table.schema) as writer:
             writer.write_table(table.combine_chunks())
 
-    return commit(path, write, lasting=False)
+    commit_work(path, write)
+
+
+def open_ipc(path: str) -> pa.RecordBatchFileReader:
+    """An Arrow IPC file of which some batches are wanted."""
+    fs, inner = filesystem(path)
+    return pa.ipc.open_file(pa.memory_map(inner) if isinstance(fs, LocalFileSystem) else fs.open(inner, "rb"))
 
 
 def read_ipc(path: str) -> pa.Table:

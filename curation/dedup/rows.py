@@ -56,7 +56,7 @@ def _rows(task: PartTask) -> tuple[pl.DataFrame, pa.ChunkedArray]:
     labels = run.read(f"{DETECT}/{task.name}.parquet", ["discourse", *(f"p_{s}" for s in STANCES)])
     signed = run.read(f"{SIGNATURES}/{task.name}.parquet")
     stance = effective_stance(documents, labels)
-    discourse = effective_discourse(documents, labels)
+    discourse = effective_discourse(stance, labels)
     frame = pl.from_arrow(documents)
     assert isinstance(frame, pl.DataFrame)
     frame = frame.with_columns(
@@ -87,7 +87,8 @@ def _earlier_rows(task: PartTask) -> tuple[pl.DataFrame, pa.ChunkedArray]:
 
 def _keyed(task: PartTask, frame: pl.DataFrame, signed: pa.Table) -> pl.DataFrame:
     """With `node` and what the rounds go by: row i of `signed` is that of row i."""
-    hashes = np.frombuffer(b"".join(signed["text_hash"].to_pylist()), "<u8").reshape(-1, 2)
+    text_hash = signed["text_hash"].combine_chunks()
+    hashes = np.frombuffer(text_hash.buffers()[1], "<u8").reshape(-1, 2)[text_hash.offset :][: len(text_hash)]
     salt = _salt(frame, signed["stance_class"])
     return frame.with_columns(
         node=np.uint64(task.index << ROW_BITS) + np.arange(len(frame), dtype=np.uint64),
@@ -117,5 +118,5 @@ def _salt(frame: pl.DataFrame, stance_class: pa.ChunkedArray) -> np.ndarray:
     pool = pl.concat_str(pl.lit("pool"), "source", "given_stance", separator="\0", ignore_nulls=True)
     group = pl.when(pl.col("role") == POOL).then(pool).otherwise(pl.concat_str(pl.lit("class\0"), "class"))
     groups = frame.with_columns(pl.Series("class", pl.from_arrow(stance_class))).select(group.alias("g"))["g"]
-    names, inverse = np.unique(groups.to_numpy().astype(str), return_inverse=True)
-    return np.array([key64(name) for name in names], np.uint64)[inverse]
+    encoded = groups.to_arrow().dictionary_encode()
+    return np.array([key64(name) for name in encoded.dictionary.to_pylist()], np.uint64)[encoded.indices.to_numpy()]

@@ -70,6 +70,7 @@ def gather(batch: Batch) -> int:
     labels = _tables(run, DETECT, names, [*_PROBABILITIES, "discourse", "blocklist"])
     read = _tables(run, LABELS, names, ["llm_stance"]) if batch.labelled else None
     tokens = _tables(run, TOKENS, names, ["start", "num_tokens"])
+    stance = effective_stance(documents, labels, read)
     table = pa.table(
         {
             "part": tokens["part"],
@@ -77,8 +78,8 @@ def gather(batch: Batch) -> int:
             "role": documents["role"],
             "start": tokens["start"],
             "num_tokens": tokens["num_tokens"],
-            "stance": effective_stance(documents, labels, read),
-            "discourse": effective_discourse(documents, labels, read),
+            "stance": stance,
+            "discourse": effective_discourse(stance, labels),
             "blocklist": labels["blocklist"],
             "kept": _tables(run, DEDUP, names, ["kept"])["kept"],
         }

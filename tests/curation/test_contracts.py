@@ -35,8 +35,7 @@ def test_a_write_returns_the_hash_of_what_is_there(folder):
     written = storage.commit_table(path, pa.table({"n": [1, 2, 3]}))
     assert written == storage.file_sha256(path)
     assert storage.read_table(path)["n"].to_pylist() == [1, 2, 3]
-    ipc = storage.commit_ipc(f"{folder}/table.arrow", pa.table({"n": [1, 2, 3]}))
-    assert ipc == storage.file_sha256(f"{folder}/table.arrow")
+    storage.commit_ipc(f"{folder}/table.arrow", pa.table({"n": [1, 2, 3]}))
     assert storage.read_ipc(f"{folder}/table.arrow")["n"].to_pylist() == [1, 2, 3]
 
 
@@ -88,8 +87,9 @@ def test_given_stance_comes_before_the_students_and_a_doubtful_student_has_none(
     documents = pa.table({"given_stance": pa.array([r[0] for r in rows], pa.string())})
     columns = {f"p_{s}": pa.array([r[1][k] for r in rows], LABEL.field(f"p_{s}").type) for k, s in enumerate(STANCES)}
     labels = pa.table({**columns, "discourse": [r[2] for r in rows]})
-    assert effective_stance(documents, labels).to_pylist() == [r[3] for r in rows]
-    assert effective_discourse(documents, labels).to_pylist() == [r[4] for r in rows]
+    stance = effective_stance(documents, labels)
+    assert stance.to_pylist() == [r[3] for r in rows]
+    assert effective_discourse(stance, labels).to_pylist() == [r[4] for r in rows]
 
 
 def test_a_record_of_a_part_is_read_back_as_it_was():
