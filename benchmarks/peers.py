@@ -64,15 +64,15 @@ def python(name: str, requirements: Sequence[str]) -> Path:
 
 
 def run(name: str, script: str, *args: object) -> dict[str, Any]:
-    """Run benchmarks/SCRIPT in the environment `name` ("tilth": this one); its last line is a JSON object. The script
-    counts its seconds from BENCH_STARTED, so that the start of Python and its imports are among them.
-    Raises Unavailable with the last line of its errors."""
+    """Run benchmarks/SCRIPT in the environment `name` ("tilth": this one); what the last line that is a JSON object
+    says (libraries may print after it). The script counts its seconds from BENCH_STARTED, so that the start of Python
+    and its imports are among them. Raises Unavailable with the last line of its errors."""
     interpreter = sys.executable if name == "tilth" else python(name, REQUIREMENTS[name])
     command = [str(interpreter), str(ROOT / "benchmarks" / script), *map(str, args)]
     # Not the script's folder on the path: benchmarks/fasttext.py is not fastText.
     found = {"PYTHONSAFEPATH": "1", "PYTHONPATH": str(ROOT), "BENCH_STARTED": str(time.time())}
     done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, **found})
-    lines = done.stdout.strip().splitlines()
+    lines = [line for line in done.stdout.splitlines() if line.startswith("{")]
     if done.returncode or not lines:
         if name == "tilth":  # ours is not a peer that may be missing
             sys.exit(f"{script}: {done.stderr[-2000:]}")
