@@ -53,7 +53,7 @@ class Settings:
     lr: float = 0.5
     wordNgrams: int = 2
     minCount: int = 5
-    bucket: int = 64_000
+    bucket: int = 50_000
 
 
 @dataclass(frozen=True, eq=False)
