@@ -16,7 +16,8 @@ def folder(request, tmp_path):
         storage.remove("memory://contracts")
 
 
-def test_a_write_that_fails_leaves_what_was_there(folder):
+@pytest.mark.parametrize("commit", [storage.commit, storage.commit_work])
+def test_a_write_that_fails_leaves_what_was_there(folder, commit):
     path = f"{folder}/file"
     storage.commit_bytes(path, b"before")
 
@@ -25,7 +26,7 @@ def test_a_write_that_fails_leaves_what_was_there(folder):
         raise RuntimeError("killed")
 
     with pytest.raises(RuntimeError):
-        storage.commit(path, fails)
+        commit(path, fails)
     assert storage.read_bytes(path) == b"before"
     assert storage.list_names(folder) == ["file"]
 
