@@ -6,8 +6,7 @@
 ../shared/neardup, as JSON lines. Every tool does them in a process of its own, after 64 documents in others,
 whose time is its start-up (imports, engines, compiled code) and is taken off; of tools on Ray, the start of Ray, a
 second more or less by chance, is taken off each run. Start-ups and what takes less than a minute run twice, and the
-faster one counts. Daft and ours also do --megabytes of
-copies of the corpus with true near-copies (benchmarks.corpus).
+faster one counts. Daft and ours also do --megabytes of copies of the corpus with true near-copies (benchmarks.corpus).
 
 Truth is the Jaccard similarity of sets of shingles (benchmarks.truth), the words as `curation.overlap` has them.
 Data-Juicer, text-dedup, Daft and datatrove join whatever shares a band, without verification.

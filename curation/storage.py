@@ -18,6 +18,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from fsspec.implementations.local import LocalFileSystem
 
+_BUFFER_BYTES = 1 << 16
+
 
 class Committed(NamedTuple):
     """What a finished write left behind."""
@@ -148,11 +150,14 @@ def commit_work(path: str, write: Callable[[pa.NativeFile], object]) -> None:
     if not isinstance(fs, LocalFileSystem):
         with tempfile.TemporaryDirectory() as folder:
             whole = join(folder, "whole")
-            with pa.OSFile(whole, "wb") as file:
+            with pa.output_stream(whole, compression=None, buffer_size=_BUFFER_BYTES) as file:
                 write(file)
             fs.put_file(whole, inner)
         return
-    with _renamed_to(inner) as temporary, pa.BufferedOutputStream(pa.OSFile(str(temporary), "wb"), 1 << 16) as file:
+    with (
+        _renamed_to(inner) as temporary,
+        pa.output_stream(str(temporary), compression=None, buffer_size=_BUFFER_BYTES) as file,
+    ):
         write(file)
 
 
@@ -216,17 +221,14 @@ def commit_ipc(path: str, table: pa.Table) -> None:
 
 
 def open_ipc(path: str) -> pa.RecordBatchFileReader:
-    """An Arrow IPC file of which some batches are wanted."""
+    """An Arrow IPC file, mapped when it is local."""
     fs, inner = filesystem(path)
     return pa.ipc.open_file(pa.memory_map(inner) if isinstance(fs, LocalFileSystem) else fs.open(inner, "rb"))
 
 
 def read_ipc(path: str) -> pa.Table:
-    """A table of `commit_ipc`, mapped when the file is local."""
-    fs, inner = filesystem(path)
-    if isinstance(fs, LocalFileSystem):
-        return pa.ipc.open_file(pa.memory_map(inner)).read_all()
-    return pa.ipc.open_file(pa.BufferReader(fs.cat_file(inner))).read_all()
+    """A table of `commit_ipc`."""
+    return open_ipc(path).read_all()
 
 
 def file_sha256(path: str) -> Committed:
