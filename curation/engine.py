@@ -8,7 +8,6 @@ worker idles, so items are sent in few tasks for each CPU; a local session takes
 """
 
 import contextlib
-import functools
 import importlib
 import itertools
 import logging
@@ -20,6 +19,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from curation import ray_inside
 from curation.errors import TilthError, UserError
 from curation.stage import Item, Result
 
@@ -35,7 +35,6 @@ _OBJECT_STORE_BYTES = 1 << 30  # a local session holds a few chunks at a time
 TASKS_PER_CPU, PIECES_PER_CPU = (2, 8), 64
 ITEMS_PER_TASK = 8  # as long as that leaves TASKS_PER_CPU
 _IMPORTS = ("ray.data", "curation.steps")  # what a worker of a local session needs at once
-_POLL_SECONDS = 0.02  # of Ray Data's loop in the driver, whose steps take 1 ms
 
 
 @contextlib.contextmanager
@@ -99,6 +98,7 @@ class Engine:
     def __init__(self, workers: int | None, address: str | None, root: str):
         self._workers, self._address, self._root = workers, address, root
         self._started = self._mine = False
+        self._inside = contextlib.ExitStack()
         self.start_seconds = 0.0
         self.on_progress: Callable[[str, int, int | None], None] = lambda label, done, total: None
 
@@ -139,7 +139,7 @@ class Engine:
         # One chunk a block: the next operator gets each as soon as it is there.
         context.target_max_block_size = 1 << 20
         context.memory_usage_poll_interval_s = None  # a thread in each task, for a statistic that nobody reads
-        _wait_less(local)
+        self._inside.enter_context(ray_inside.replaced(alone=local and self._mine))
         self.start_seconds = time.perf_counter() - began
 
     @property
@@ -154,6 +154,7 @@ class Engine:
 
     def close(self) -> None:
         """End the session if this engine started it."""
+        self._inside.close()
         if self._started and self._mine:
             import ray
 
@@ -268,29 +269,6 @@ class Engine:
                 done += 1
                 self.on_progress(label, done, total)
                 yield result
-
-
-def _wait_less(local: bool) -> None:
-    """Two waits inside Ray Data 2.60, hence not there in every version. An execution is told what it may use by an
-    answer that it doesn't wait for (ray-project/ray#62725) and looks for again after a second: so long it has one task
-    at a time. And its loop sees what has ended after 0.1 s, twice for each task, while the worker idles; that stays so
-    on a cluster, whose driver has more to look at."""
-    with contextlib.suppress(ImportError, AttributeError):
-        from ray.data._internal.execution import streaming_executor_state
-        from ray.data._internal.execution.resource_manager import ResourceManager
-
-        limits = getattr(ResourceManager.get_global_limits, "__wrapped__", ResourceManager.get_global_limits)
-
-        @functools.wraps(limits)
-        def limits_once_known(manager: Any) -> Any:
-            known = getattr(manager, "_global_limits", None)
-            if known is not None and not known.cpu:
-                manager._global_limits_last_update_time = 0
-            return limits(manager)
-
-        ResourceManager.get_global_limits = limits_once_known
-        if local:
-            streaming_executor_state.WAIT_FOR_TASK_COMPLETION_TIMEOUT_S = _POLL_SECONDS
 
 
 def _num_tasks(num_items: int, cpus: int) -> int:

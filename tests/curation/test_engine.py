@@ -1,5 +1,8 @@
 """Items that become pieces, on a real Ray: every piece once, large items shared, failures by their own name."""
 
+import subprocess
+import sys
+
 import engine_tasks
 import pytest
 
@@ -33,3 +36,22 @@ def test_a_failure_of_a_piece_is_the_user_s_error(engine, sizes):
 
 def test_nothing_starts_nothing(engine):
     assert list(engine.fan_out(engine_tasks.pieces, engine_tasks.seen, [], [], "pieces")) == []
+
+
+def test_a_local_session_has_no_process_but_its_workers(tmp_path):
+    """Ray Data's two actors are of use to clusters alone; a process that joins one later has Ray's own parts again."""
+    code = f"""
+import ray
+from curation.engine import session
+with session(2, None, {str(tmp_path)!r}) as engine:
+    found = list(engine.map(abs, [-1, 2, -3], "x"))
+    print(sorted(found), ray.util.list_named_actors(all_namespaces=True))
+from ray.data._internal.execution import streaming_executor
+from ray.data._internal.stats import _StatsManager
+print(streaming_executor.create_cluster_autoscaler.__module__, _StatsManager.update_execution_metrics.__module__)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stdout.splitlines() == [
+        "[1, 2, 3] []",
+        "ray.data._internal.cluster_autoscaler ray.data._internal.stats",
+    ], done.stderr
