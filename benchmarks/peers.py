@@ -76,7 +76,8 @@ def run(name: str, script: str, *args: object) -> dict[str, Any]:
     if done.returncode or not lines:
         if name == "tilth":  # ours is not a peer that may be missing
             sys.exit(f"{script}: {done.stderr[-2000:]}")
-        raise Unavailable(f"{script}: {_last_error(done.stderr)}")
+        died = f"ended by signal {-done.returncode}, " if done.returncode < 0 else ""
+        raise Unavailable(f"{script}: {died}{_last_error(done.stderr)}")
     return dict(json.loads(lines[-1]))
 
 
